@@ -1,0 +1,1 @@
+"""GLIDE text-to-image: networks, diffusion process, samplers, tokenizers and noisy CLIP."""

@@ -1,0 +1,1 @@
+"""The noise-aware CLIP that can guide GLIDE."""

@@ -1,0 +1,1 @@
+"""Fine-tuning of GLIDE on your own pictures and captions."""
