@@ -58,7 +58,7 @@ class Encoder:
     def padded_tokens_and_mask(
         self, tokens: Sequence[int], text_ctx: int
     ) -> tuple[list[int], list[bool]]:
-        """`tokens` cut or padded with `end_token` to `text_ctx`, and a mask that is False at padding.
+        """`tokens` cut or padded with `end_token` to `text_ctx`, and a mask, False at padding.
 
         The empty caption, which stands for "no text", is `padded_tokens_and_mask([], text_ctx)`.
         """

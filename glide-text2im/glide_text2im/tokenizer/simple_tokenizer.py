@@ -67,7 +67,7 @@ class SimpleTokenizer:
         return self._bpe.decode(tokens)
 
     def padded_tokens_and_len(self, tokens: Sequence[int], text_ctx: int) -> tuple[list[int], int]:
-        """Start token, `tokens`, end token, zeros up to `text_ctx`; and the length before the zeros.
+        """Start token, `tokens`, end token, zeros up to `text_ctx`; and the length without zeros.
 
         Tokens that do not fit are cut; start and end token always stay.
         """
