@@ -1,0 +1,129 @@
+"""Building blocks that both networks share, and the one place that decides on precision.
+
+The rule: every layer computes in the dtype of its input, and its parameters follow. The networks
+choose the dtype of their running tensor once (`working_dtype`), switch autocast off inside
+(`without_autocast`), and keep float32 where digits matter: the time embedding and its maps into
+the residual blocks, and the output layers. Norms and softmax accumulate in float32 inside their
+kernels, whatever the dtype of their input.
+"""
+
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+NORM_GROUPS = 32
+NORM_EPS = 1e-5
+
+
+def _autocast_enabled(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """What the running tensor shall be: autocast's dtype where that is on, else the weights'."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if _autocast_enabled(kind) else weight.dtype
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """A region in which layers compute in the dtype of their input."""
+    if _autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class Conv2d(nn.Conv2d):
+    """A two-dimensional convolution that computes in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class PointwiseConv1d(nn.Conv1d):
+    """A 1x1 convolution whose weight is (out, in, 1), computed as a matrix product.
+
+    Takes and returns tokens, that is (batch, positions, channels).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weight = self.weight.squeeze(2).to(tokens.dtype)
+        return F.linear(tokens, weight, self.bias.to(tokens.dtype))
+
+
+def _affine(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain and offset as the norm kernels want them: those of the CPU take float32 ones beside an
+    input in half precision, the others want one dtype."""
+    if x.device.type == "cpu":
+        return norm.weight, norm.bias
+    return norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation over the last axis, in and out in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, *_affine(self, x), self.eps)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation over (batch, channels, height, width) in 32 groups, with `silu` followed
+    by a SiLU; in and out in the dtype of its input."""
+
+    def __init__(self, channels: int, *, silu: bool = False):
+        super().__init__(NORM_GROUPS, channels, eps=NORM_EPS)
+        self.silu = silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.group_norm(x, self.num_groups, *_affine(self, x), self.eps)
+        return F.silu(x) if self.silu else x
+
+
+class RecomputedModule(nn.Module):
+    """A module that can forget its activations and compute them again in the backward pass.
+
+    Subclasses implement `compute` instead of `forward`. With `recompute` set, training keeps only
+    the inputs of the module; gradients stay the same, dropout included.
+    """
+
+    recompute = False
+
+    def compute(self, *args: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, *args: Tensor | None) -> Tensor:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(self.compute, *args, use_reentrant=False)
+        return self.compute(*args)
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """The module with all of its parameters set to zero."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
+    """Sinusoids of the timesteps, float32 (batch, channels): cosines, then sines.
+
+    `timesteps` (batch,) may be fractional. The frequencies exp(-ln(10000) i / half), with half the
+    channels and i from 0 to half - 1, are those of "Attention Is All You Need".
+    """
+    half = channels // 2
+    steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    angles = timesteps[:, None].float() * torch.exp(steps * (-math.log(10000) / half))
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
