@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from golden_data import deviation, fill, load, rnd
-
 from glide_text2im.model_creation import (
     create_model_and_diffusion,
     model_and_diffusion_defaults,
     model_and_diffusion_defaults_upsampler,
 )
+from golden_data import deviation, fill, load, rnd
 
 MANIFEST, _ = load("manifest")
 TINY, TINY_ARRAYS = load("unet_tiny")
