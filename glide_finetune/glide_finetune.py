@@ -1,0 +1,161 @@
+"""Training steps and epochs as functions, for scripts and notebooks of your own."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from glide_finetune.batch_losses import batch_losses
+from glide_finetune.config import TrainConfig
+from glide_finetune.metrics import MetricsLog
+from glide_finetune.samples import SampleDrawer
+from glide_finetune.trainer import Progress, Trainer
+from glide_text2im.gaussian_diffusion import GaussianDiffusion
+
+
+def base_train_step(
+    glide_model: nn.Module,
+    glide_diffusion: GaussianDiffusion,
+    batch: Sequence[torch.Tensor],
+    device: torch.device | str,
+    *,
+    timesteps: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+    vlb_weight: float = 0.0,
+    loss_weighting: str = "none",
+) -> torch.Tensor:
+    """The training loss of one batch; calling `.backward()` on it is left to the caller.
+
+    Args:
+        glide_model: a base model on `device`.
+        glide_diffusion: the process it is trained on.
+        batch: tokens int64 (B, T), mask bool (B, T), images float32 (B, 3, H, W) in [-1, 1].
+        timesteps: int64 (B,); None draws them uniformly from all timesteps.
+        noise: like the images; None draws it.
+        vlb_weight: of the variational bound, which trains the variance; 0 is noise error alone.
+        loss_weighting: none, min_snr or soft_min_snr.
+
+    Returns:
+        The mean loss, a float32 scalar.
+    """
+    losses, _ = batch_losses(
+        glide_model, glide_diffusion, batch, device, timesteps=timesteps, noise=noise,
+        vlb_weight=vlb_weight, loss_weighting=loss_weighting,
+    )  # fmt: skip
+    return losses.loss.mean()
+
+
+def upsample_train_step(
+    glide_model: nn.Module,
+    glide_diffusion: GaussianDiffusion,
+    batch: Sequence[torch.Tensor],
+    device: torch.device | str,
+    **keywords: Any,
+) -> torch.Tensor:
+    """As `base_train_step`, for an upsampler.
+
+    Args:
+        batch: tokens, mask, low_res float32 (B, 3, h, w), images float32 (B, 3, H, W).
+        keywords: those of `base_train_step`.
+    """
+    return base_train_step(glide_model, glide_diffusion, batch, device, **keywords)
+
+
+def run_glide_finetune_epoch(
+    glide_model: nn.Module,
+    glide_diffusion: GaussianDiffusion,
+    glide_options: dict[str, Any],
+    dataloader: Iterable,
+    optimizer: torch.optim.Optimizer,
+    sample_bs: int,
+    sample_gs: float = 4.0,
+    sample_respacing: str = "100",
+    prompt: str = "",
+    side_x: int = 64,
+    side_y: int = 64,
+    outputs_dir: str = "./outputs",
+    checkpoints_dir: str = "./finetune_checkpoints",
+    device: torch.device | str = "cpu",
+    log_frequency: int = 100,
+    wandb_run: Any = None,
+    gradient_accumualation_steps: int = 1,
+    epoch: int = 0,
+    train_upsample: bool = False,
+    upsample_factor: int = 4,
+    image_to_upsample: str = "",
+    *,
+    gradient_accumulation_steps: int | None = None,
+    vlb_weight: float = 0.001,
+    max_grad_norm: float = 1.0,
+    step: int = 0,
+) -> int:
+    """Train for one epoch, with samples on the way and a checkpoint at its end.
+
+    Args:
+        glide_model, glide_diffusion, glide_options: as `load_model` returns them.
+        dataloader: gives batches as the train steps above take them.
+        optimizer: over the parameters that train; its learning rate is left as it is.
+        sample_bs: pictures of each sample grid; sample_gs their guidance, sample_respacing their
+            timesteps, prompt their caption.
+        side_x, side_y: of the base image in pixels, also for the upsampler.
+        outputs_dir: where the grids go.
+        checkpoints_dir: where metrics.jsonl and the checkpoint go.
+        log_frequency: steps between grids.
+        wandb_run: takes the metrics through its `log`, if given.
+        gradient_accumualation_steps: batches of an optimizer step; the right spelling works too.
+        epoch: for names and logs.
+        train_upsample: the batches are (tokens, mask, low_res, images).
+        upsample_factor: how many times larger than side_x and side_y the upsampler's images are.
+        image_to_upsample: for the upsampler's samples; without it there are none.
+        vlb_weight, max_grad_norm: as the flags of train_glide.py.
+        step: optimizer steps made before.
+
+    Returns:
+        Optimizer steps made so far, this epoch's included.
+
+    Raises:
+        ValueError: the dataloader is empty.
+    """
+    config = TrainConfig(
+        epochs=epoch + 1,
+        learning_rate=optimizer.param_groups[0]["lr"],
+        gradient_accumulation_steps=gradient_accumulation_steps or gradient_accumualation_steps,
+        vlb_weight=vlb_weight,
+        max_grad_norm=max_grad_norm,
+        use_fp16=glide_options["use_fp16"],
+        precision="fp16" if glide_options["use_fp16"] else "fp32",
+        train_upsample=train_upsample,
+        upscale_factor=upsample_factor,
+        side_x=side_x,
+        side_y=side_y,
+        test_prompt=prompt,
+        test_batch_size=sample_bs,
+        test_guidance_scale=sample_gs,
+        image_to_upsample=image_to_upsample,
+        log_frequency=log_frequency,
+        save_checkpoint_interval=0,
+    )
+    draw_samples = None
+    if image_to_upsample or not train_upsample:
+        draw_samples = SampleDrawer(
+            config, glide_options, Path(outputs_dir), respacing=sample_respacing
+        )
+    run_folder = Path(checkpoints_dir)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(
+        glide_model.to(device),
+        glide_diffusion,
+        optimizer,
+        config,
+        options=glide_options,
+        device=device,
+        run_folder=run_folder,
+        log=MetricsLog(run_folder, wandb_run=wandb_run),
+        draw_samples=draw_samples,
+    )
+    trainer.progress = Progress(epoch=epoch, step=step)
+    trainer.run_epoch(dataloader)
+    trainer.save()
+    return trainer.progress.step

@@ -1,0 +1,255 @@
+"""Making GLIDE models, preparing their captions, and sampling from them."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from glide_finetune import images, weights
+from glide_finetune.checkpoints import files_beside
+from glide_finetune.model_options import released_options
+from glide_finetune.optimization import freeze
+from glide_text2im.download import load_checkpoint
+from glide_text2im.gaussian_diffusion import GaussianDiffusion
+from glide_text2im.model_creation import create_gaussian_diffusion, create_model_and_diffusion
+
+
+def load_model(
+    glide_path: str = "",
+    use_fp16: bool = False,
+    freeze_transformer: bool = False,
+    freeze_diffusion: bool = False,
+    activation_checkpointing: bool = False,
+    model_type: str = "base",
+    *,
+    init: str = "pretrained",
+    model_options: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[nn.Module, GaussianDiffusion, dict[str, Any]]:
+    """Make a GLIDE model with float32 weights, ready to train.
+
+    Args:
+        glide_path: weights to load, a .pt file; empty follows `init`.
+        use_fp16: recorded in the options; training then computes under fp16 autocast.
+        freeze_transformer: leave the text encoder out of training.
+        freeze_diffusion: leave the UNet out of training.
+        activation_checkpointing: recompute activations in the backward pass.
+        model_type: base, upsample, base-inpaint or upsample-inpaint.
+        init: pretrained fetches OpenAI's weights of that type, scratch takes random ones.
+        model_options: options that replace the released ones; None takes those written beside
+            `glide_path`, or else the released ones.
+        device: where the weights go.
+
+    Returns:
+        The model, its diffusion process of all timesteps, and every option it was made with.
+
+    Raises:
+        ValueError: unknown model_type, both freezes, or weights that do not fit the model.
+        DownloadError: OpenAI's weights are neither in the cache nor to be had.
+    """
+    if model_options is None and glide_path:
+        model_options = files_beside(Path(glide_path)).description.get("model_options")
+    options = {**released_options(model_type), **(model_options or {}), "use_fp16": use_fp16}
+
+    def create() -> nn.Module:
+        return create_model_and_diffusion(**{**options, "use_fp16": False})[0]
+
+    if glide_path:
+        model = weights.build_and_load(create, glide_path, device)
+    elif init == "pretrained":
+        model = weights.build_and_load(create, load_checkpoint(model_type, "cpu"), device)
+    else:
+        model = create().to(device)
+    model.activation_checkpointing = activation_checkpointing
+    freeze(model, transformer=freeze_transformer, diffusion=freeze_diffusion)
+    diffusion = create_gaussian_diffusion(
+        options["diffusion_steps"], options["noise_schedule"], options["timestep_respacing"]
+    )
+    return model, diffusion, options
+
+
+def get_tokens_and_mask(
+    tokenizer, prompt: str = "", context_len: int = 128
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A caption as the model reads it; what is longer than `context_len` tokens is cut.
+
+    Returns:
+        tokens, int64 (context_len,), and mask, bool (context_len,), True where a token counts.
+    """
+    tokens, mask = tokenizer.padded_tokens_and_mask(tokenizer.encode(prompt), context_len)
+    return torch.tensor(tokens), torch.tensor(mask, dtype=torch.bool)
+
+
+def get_uncond_tokens_mask(tokenizer, context_len: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """The empty caption, which stands for no caption at all: end tokens and a mask of False."""
+    return get_tokens_and_mask(tokenizer, "", context_len)
+
+
+def read_image(path: str, shape: tuple[int, int]) -> torch.Tensor:
+    """An image file, cropped at its centre to the aspect of `shape` and resized to it.
+
+    Args:
+        path: any image file Pillow reads.
+        shape: (width, height) in pixels.
+
+    Returns:
+        float32 (1, 3, height, width) in [-1, 1].
+    """
+    return images.read_image(path, shape)
+
+
+def guided(model: Callable[..., torch.Tensor], scale: float) -> Callable[..., torch.Tensor]:
+    """Classifier-free guidance (Ho and Salimans 2021) in one pass over a double batch.
+
+    Args:
+        model: a GLIDE network.
+        scale: s in eps = eps_uncond + s (eps_cond - eps_uncond).
+
+    Returns:
+        A function of (x, timesteps, **kwargs) with x of batch B and `tokens` and `mask` of batch
+        2 B, the captions before as many empty ones. The variance is that of the captions.
+    """
+
+    def double_pass(x: torch.Tensor, timesteps: torch.Tensor, **kwargs) -> torch.Tensor:
+        out = model(torch.cat([x, x]), torch.cat([timesteps, timesteps]), **kwargs)
+        cond, uncond = out.float().chunk(2)
+        eps = uncond[:, :3] + scale * (cond[:, :3] - uncond[:, :3])
+        return torch.cat([eps, cond[:, 3:]], dim=1)
+
+    return double_pass
+
+
+@contextlib.contextmanager
+def sampling_mode(model: nn.Module) -> Iterator[None]:
+    """While open, `model` is in evaluation mode without gradients; then every module as it was."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """While open, torch's random numbers follow from `seed`; then its state is as before."""
+    with torch.random.fork_rng(
+        devices=[device] if device.type == "cuda" else [], device_type="cuda"
+    ):
+        torch.manual_seed(seed)
+        yield
+
+
+def sample(
+    glide_model: nn.Module,
+    glide_options: dict[str, Any],
+    side_x: int,
+    side_y: int,
+    prompt: str | Sequence[str] = "",
+    batch_size: int = 1,
+    guidance_scale: float = 4,
+    device: torch.device | str = "cpu",
+    prediction_respacing: str = "100",
+    upsample_enabled: bool = False,
+    image_to_upsample: str | torch.Tensor = "",
+    upsample_temp: float = 0.997,
+    *,
+    upscale_factor: int = 4,
+) -> torch.Tensor:
+    """Draw images: PLMS with guidance for the base model, DDIM for the upsampler.
+
+    The model's mode, its gradients and whether it caches its text are the same afterwards.
+
+    Args:
+        glide_model: a base model or, with `upsample_enabled`, an upsampler, on `device`.
+        glide_options: the options it was made with.
+        side_x: width of the images that come out, for the upsampler too; side_y their height.
+        prompt: the caption, or several, each drawn `batch_size` times.
+        batch_size: images of each caption.
+        guidance_scale: of classifier-free guidance; 1 is none. The upsampler goes without.
+        prediction_respacing: the timesteps to use, as for `space_timesteps`.
+        image_to_upsample: for the upsampler, a file, or float32 (n, 3, h, w) in [-1, 1] with n
+            equal to 1 or to the number of images.
+        upsample_temp: the upsampler's start noise is multiplied by it.
+        upscale_factor: a file is read at the output size divided by it.
+
+    Returns:
+        float32 (captions times batch_size, 3, side_y, side_x) in [-1, 1].
+
+    Raises:
+        ValueError: an upsampler without an image.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    captions = [caption for caption in prompts for _ in range(batch_size)]
+    diffusion = create_gaussian_diffusion(
+        glide_options["diffusion_steps"], glide_options["noise_schedule"], prediction_respacing
+    )
+    shape = (len(captions), 3, side_y, side_x)
+    with sampling_mode(glide_model), text_cached(glide_model):
+        if not upsample_enabled:
+            use_guidance = guidance_scale != 1
+            return diffusion.plms_sample_loop(
+                guided(glide_model, guidance_scale) if use_guidance else glide_model,
+                shape,
+                device=device,
+                model_kwargs=_text(
+                    glide_model, glide_options, captions, device, with_empty=use_guidance
+                ),
+            ).clamp(-1, 1)
+        low_res = _low_res(image_to_upsample, side_x, side_y, upscale_factor, len(captions))
+        return diffusion.ddim_sample_loop(
+            glide_model,
+            shape,
+            noise=torch.randn(shape, device=device) * upsample_temp,
+            device=device,
+            model_kwargs={
+                "low_res": low_res.to(device),
+                **_text(glide_model, glide_options, captions, device, with_empty=False),
+            },
+        ).clamp(-1, 1)
+
+
+@contextlib.contextmanager
+def text_cached(model: nn.Module) -> Iterator[None]:
+    """While open, `model` encodes its captions once and keeps the result between its calls."""
+    before = model.cache_text_emb
+    model.cache_text_emb = True
+    model.del_cache()
+    try:
+        yield
+    finally:
+        model.cache_text_emb = before
+        model.del_cache()
+
+
+def _text(
+    model: nn.Module,
+    options: dict[str, Any],
+    captions: list[str],
+    device: torch.device | str,
+    with_empty: bool,
+) -> dict[str, torch.Tensor]:
+    """tokens and mask of the captions, followed `with_empty` by as many empty captions."""
+    if not options["xf_width"]:
+        return {}
+    captions = captions + [""] * len(captions) if with_empty else captions
+    rows = [get_tokens_and_mask(model.tokenizer, c, options["text_ctx"]) for c in captions]
+    tokens, masks = zip(*rows, strict=True)
+    return {"tokens": torch.stack(tokens).to(device), "mask": torch.stack(masks).to(device)}
+
+
+def _low_res(
+    image: str | torch.Tensor, side_x: int, side_y: int, factor: int, count: int
+) -> torch.Tensor:
+    if isinstance(image, str):
+        if not image:
+            raise ValueError("the upsampler needs an image to upsample: give image_to_upsample")
+        image = read_image(image, (side_x // factor, side_y // factor))
+    # the levels of an 8-bit image, which is what the upsampler was trained on
+    image = ((image + 1) * 127.5).round() / 127.5 - 1
+    return image.expand(count, -1, -1, -1)

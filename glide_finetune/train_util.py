@@ -1,0 +1,37 @@
+"""Names that notebooks import: saving weights, tensors and pictures, wandb."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+
+from glide_finetune import images, weights
+from glide_finetune.metrics import wandb_setup
+
+__all__ = ["pil_image_to_norm_tensor", "pred_to_pil", "save_model", "wandb_setup"]
+
+
+def save_model(glide_model: nn.Module, checkpoints_dir: str, train_idx: int, epoch: int) -> Path:
+    """Write the weights to `checkpoints_dir/glide-ft-{epoch}x{train_idx}.pt`; returns that path.
+
+    Args:
+        glide_model: its state_dict is saved in float32.
+        checkpoints_dir: made if it is not there.
+        train_idx: the optimizer step, for the name.
+        epoch: for the name.
+    """
+    path = Path(checkpoints_dir) / f"glide-ft-{epoch}x{train_idx}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights.write_weights(path, glide_model.state_dict())
+    return path
+
+
+def pred_to_pil(pred: torch.Tensor) -> Image.Image:
+    """A batch of pictures (n, 3, height, width) in [-1, 1] as one image, side by side."""
+    return images.to_pil(torch.cat(list(pred), dim=-1))
+
+
+def pil_image_to_norm_tensor(image: Image.Image) -> torch.Tensor:
+    """An RGB image as float32 (3, height, width) in [-1, 1]."""
+    return images.to_tensor(image)

@@ -1,0 +1,304 @@
+"""The training loop: batches in, optimizer steps, and what happens between them.
+
+Every random draw follows from the seed and the number of the step, and every sample from the seed,
+the epoch and its position; so a run that goes on from a checkpoint makes the same steps as one
+that never stopped, and no random state needs to be kept.
+"""
+
+import contextlib
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from glide_finetune import checkpoints
+from glide_finetune.batch_losses import LossMeter, batch_losses
+from glide_finetune.config import TrainConfig
+from glide_finetune.ema import EMA
+from glide_finetune.fp16_util import Precision
+from glide_finetune.memory import peak_memory
+from glide_finetune.metrics import MetricsLog
+from glide_finetune.optimization import learning_rate_factor
+from glide_finetune.seeds import derived_seed
+from glide_finetune.weights import read_weights
+from glide_text2im.gaussian_diffusion import GaussianDiffusion
+
+logger = logging.getLogger(__name__)
+
+# Non-finite steps in a row after which a run is beyond recovery. fp16 needs some at its start to
+# find its loss scale.
+MAX_BAD_STEPS = 25
+
+
+class TrainingDiverged(RuntimeError):
+    """Loss or gradients have not been finite for many steps; the message says what to do."""
+
+
+@dataclass
+class Progress:
+    """Where a run is. Counts are since its start, over all epochs."""
+
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch that are used up
+    step: int = 0  # optimizer steps
+    images: int = 0
+
+
+class Trainer:
+    """Trains one model; everything a run needs between its start and its end.
+
+    Args:
+        model: a GLIDE network on `device`, its frozen parameters without `requires_grad`.
+        diffusion: the process over all timesteps.
+        optimizer: over the parameters that train.
+        config: the settings of the run.
+        options: what the model was made with.
+        device: where to compute.
+        run_folder: where checkpoints go.
+        log: takes the metrics.
+        draw_samples: called as draw_samples(trainer) every `log_frequency` steps.
+        validate: called as validate(trainer) every `eval_interval` steps; returns metrics.
+        trained_from: what the first weights were, for the checkpoint's description.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        diffusion: GaussianDiffusion,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        *,
+        options: dict[str, Any],
+        device: torch.device | str,
+        run_folder: Path,
+        log: MetricsLog,
+        draw_samples: Callable[["Trainer"], None] | None = None,
+        validate: Callable[["Trainer"], dict[str, float]] | None = None,
+        trained_from: str = "",
+    ) -> None:
+        self.model = model
+        self.diffusion = diffusion
+        self.optimizer = optimizer
+        self.config = config
+        self.options = options
+        self.device = torch.device(device)
+        self.run_folder = run_folder
+        self.log = log
+        self.trained_from = trained_from
+        self.precision = Precision(config.precision, self.device)
+        self.scaler = self.precision.grad_scaler()
+        self.ema = EMA(model, config.ema_rate) if config.ema_rate else None
+        self.progress = Progress()
+        self.stop_requested = False
+        self._draw_samples = draw_samples
+        self._validate = validate
+        self._total_steps: int | None = None
+        self._saved_step = -1
+        self._bad_steps = 0
+        self._last_metrics: dict[str, float] = {}
+        self._bar = tqdm(disable=True)
+
+    # ---------------------------------------------------------------- the loop
+    def train(self, loader: Iterable) -> None:
+        """Run epochs until the last one, the last step, or a request to stop; then save."""
+        with self.progress_bar(loader):
+            while self.progress.epoch < self.config.epochs and not self._finished():
+                self.run_epoch(loader)
+        self.save()
+
+    def run_epoch(self, loader: Iterable) -> None:
+        """Go through what is left of the current epoch, or until the run is finished.
+
+        Args:
+            loader: gives batches (tokens, mask, images) or (tokens, mask, low_res, high_res), and
+                after them the keys of the samples if it likes. With `set_epoch(epoch,
+                start_batch)` it starts where a resumed run left off.
+
+        Raises:
+            ValueError: there is no batch in the epoch.
+            TrainingDiverged: too many non-finite steps in a row.
+        """
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(self.progress.epoch, start_batch=self.progress.batch)
+        self._total_steps = self.total_steps(loader)
+        self.model.train()
+        for batches in groups_of(self.config.gradient_accumulation_steps, loader):
+            started = time.perf_counter()
+            metrics = self.train_step(batches)
+            elapsed = time.perf_counter() - started
+            self._after_step(metrics | {"images_per_second": _image_count(batches) / elapsed})
+            if self._finished():
+                return
+        if self.progress.batch == 0:
+            raise ValueError("the data gave no batch: it is empty or everything was filtered out")
+        self.progress.epoch += 1
+        self.progress.batch = 0
+
+    @contextlib.contextmanager
+    def progress_bar(self, loader: Iterable) -> Iterator[None]:
+        """While open, steps, loss, images a second and the time left are shown."""
+        with tqdm(
+            initial=self.progress.step, total=self.total_steps(loader), unit="step",
+            dynamic_ncols=True, smoothing=0.1,
+        ) as self._bar:  # fmt: skip
+            yield
+
+    def train_step(self, batches: list) -> dict[str, float]:
+        """Make one optimizer step with the mean gradient over `batches`.
+
+        Returns:
+            The metrics of the step: losses are means over its images.
+        """
+        lr = self._set_learning_rate()
+        meter = LossMeter(self.diffusion.num_timesteps, self.device)
+        for index, batch in enumerate(batches):
+            torch.manual_seed(derived_seed(self.config.seed, "step", self.progress.step, index))
+            with self.precision.autocast():
+                losses, timesteps = batch_losses(
+                    self.model, self.diffusion, batch, self.device,
+                    vlb_weight=self.config.vlb_weight, loss_weighting=self.config.loss_weighting,
+                )  # fmt: skip
+            self.scaler.scale(losses.loss.mean() / len(batches)).backward()
+            meter.add(losses, timesteps)
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.config.max_grad_norm or float("inf")
+        )
+        metrics = meter.means() | {"grad_norm": grad_norm.item(), "lr": lr}
+        self._apply(metrics["grad_norm"], batches)
+        self.progress.step += 1
+        self.progress.batch += len(batches)
+        self.progress.images += _image_count(batches)
+        return metrics
+
+    def _set_learning_rate(self) -> float:
+        lr = self.config.learning_rate * learning_rate_factor(
+            self.progress.step, self.config.lr_schedule, self.config.warmup_steps, self._total_steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _apply(self, grad_norm: float, batches: list) -> None:
+        """Move the weights, unless the gradient is not finite."""
+        finite = math.isfinite(grad_norm)
+        if finite or self.scaler.is_enabled():  # the scaler leaves out such a step by itself
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if finite:
+            self._bad_steps = 0
+            if self.ema:
+                self.ema.update()
+            return
+        self._bad_steps += 1
+        logger.warning(
+            "step %d skipped: its gradient is not finite (%s)",
+            self.progress.step, ", ".join(_keys(batches)) or "samples unknown",
+        )  # fmt: skip
+        if self._bad_steps >= MAX_BAD_STEPS:
+            raise TrainingDiverged(
+                f"no finite gradient in {self._bad_steps} steps, up to step {self.progress.step}: "
+                "go on from the last checkpoint with a lower --learning_rate or --precision bf16"
+            )
+
+    # ------------------------------------------------------- between the steps
+    def _after_step(self, metrics: dict[str, float]) -> None:
+        step, config = self.progress.step, self.config
+        metrics |= {"epoch": self.progress.epoch, **peak_memory(self.device)}
+        if self._validate and (step % config.eval_interval == 0 or self._finished()):
+            metrics |= self._validate(self)
+        self.log.log(metrics, step)
+        self._last_metrics = metrics
+        self._bar.update()
+        self._bar.set_postfix(
+            epoch=self.progress.epoch, loss=f"{metrics['loss']:.4f}",
+            images_s=f"{metrics['images_per_second']:.1f}",
+        )  # fmt: skip
+        if self._draw_samples and (is_time(step, config.log_frequency) or self._finished()):
+            self._draw_samples(self)
+        if is_time(step, config.save_checkpoint_interval):
+            self.save()
+
+    def total_steps(self, loader: Iterable) -> int | None:
+        """Optimizer steps of the whole run; None where the data does not tell its length."""
+        try:
+            per_epoch = math.ceil(len(loader) / self.config.gradient_accumulation_steps)
+        except TypeError:
+            return self.config.max_steps or None
+        steps = per_epoch * self.config.epochs
+        return min(steps, self.config.max_steps or steps)
+
+    def _finished(self) -> bool:
+        reached_end = self.config.max_steps and self.progress.step >= self.config.max_steps
+        return bool(reached_end) or self.stop_requested
+
+    # ------------------------------------------------------------- checkpoints
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless it is written already."""
+        if self._saved_step == self.progress.step:
+            return
+        checkpoints.save_checkpoint(
+            self.run_folder,
+            epoch=self.progress.epoch,
+            step=self.progress.step,
+            model_state=self.model.state_dict(),
+            ema_state=self.ema.model_state() if self.ema else None,
+            training_state={
+                "progress": asdict(self.progress),
+                "seed": self.config.seed,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "ema_updates": self.ema.updates if self.ema else 0,
+            },
+            description={
+                "kind": self.config.model_type,
+                "model_options": self.options,
+                "precision": self.config.precision,
+                "vlb_weight": self.config.vlb_weight,
+                "metrics": self._last_metrics,
+                "trained_from": self.trained_from,
+            },
+        )
+        self._saved_step = self.progress.step
+        if self.config.keep_checkpoints:
+            checkpoints.prune(self.run_folder, self.config.keep_checkpoints)
+
+    def restore(self, files: checkpoints.CheckpointFiles) -> None:
+        """Go on from a checkpoint whose weights the model already has."""
+        state = checkpoints.read_training_state(files.training_state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema and files.ema:
+            self.ema.load(read_weights(files.ema), state["ema_updates"])
+        self.progress = Progress(**state["progress"])
+        self._saved_step = self.progress.step
+
+
+def is_time(step: int, interval: int) -> bool:
+    """Whether something that happens every `interval` steps, 0 for never, happens after `step`."""
+    return interval > 0 and step % interval == 0
+
+
+def groups_of(size: int, items: Iterable) -> Iterator[list]:
+    """Lists of `size` successive items; the last one may be shorter."""
+    iterator = iter(items)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
+
+
+def _image_count(batches: list) -> int:
+    return sum(len(batch[0]) for batch in batches)
+
+
+def _keys(batches: list) -> list[str]:
+    """The keys of all samples, where the loader gives them."""
+    return [key for batch in batches if isinstance(batch[-1], list) for key in batch[-1]]

@@ -1,0 +1,135 @@
+"""The data of a run: batches to train on, images to validate on, one to draw samples from."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from glide_finetune.config import TrainConfig
+from glide_finetune.dataloading import (
+    FolderBatches,
+    ShardBatches,
+    make_dataloader,
+    split_validation,
+)
+from glide_finetune.loader import TextImageDataset
+from glide_finetune.wds_loader import ShardStream, glide_wds_loader
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What `make_training_data` makes.
+
+    loader: batches, with the keys of their samples last.
+    validation: items without keys and without anything random, if there is validation.
+    low_res: (1, 3, side_y, side_x) in [-1, 1], for the samples of an upsampler.
+    description: one line about it all.
+    """
+
+    loader: FolderBatches | ShardBatches
+    validation: Sequence | None
+    low_res: torch.Tensor | None
+    description: str
+
+
+def make_training_data(
+    config: TrainConfig, options: dict, device: torch.device | str
+) -> TrainingData:
+    """Find and arrange the data that `config` names; `options` are the model's.
+
+    Raises:
+        ValueError: nothing usable is there.
+    """
+    make = _shards if config.use_webdataset else _folder
+    training = make(config.data_dir, config, options, return_keys=True)
+    validation, low_res = None, None
+    if config.val_data_dir:
+        validation = make(config.val_data_dir, config, options).for_evaluation()
+    elif config.val_fraction:
+        training, validation = split_validation(training, config.val_fraction, config.seed)
+    if config.train_upsample and config.log_frequency and not config.image_to_upsample:
+        training, low_res = _held_back_low_res(training, validation, config.seed)
+    loader = make_dataloader(
+        training,
+        config.batch_size,
+        seed=config.seed,
+        num_workers=default_workers() if config.num_workers is None else config.num_workers,
+        device=device,
+    )
+    return TrainingData(loader, validation, low_res, _describe(config, training, validation))
+
+
+def default_workers() -> int:
+    """Processes that load data: one less than the cores, as training needs one too; 8 at most."""
+    return min(8, max(1, (os.cpu_count() or 1) - 1))
+
+
+def _folder(
+    folder: str, config: TrainConfig, options: dict, return_keys: bool = False
+) -> TextImageDataset:
+    return TextImageDataset(
+        folder,
+        side_x=config.side_x,
+        side_y=config.side_y,
+        resize_ratio=config.resize_ratio,
+        text_ctx_len=options["text_ctx"],
+        uncond_p=config.uncond_p,
+        use_captions=config.use_captions,
+        enable_glide_upsample=config.train_upsample,
+        upscale_factor=config.upscale_factor,
+        seed=config.seed,
+        random_hflip=config.random_hflip,
+        return_keys=return_keys,
+    )
+
+
+def _shards(
+    urls: str, config: TrainConfig, options: dict, return_keys: bool = False
+) -> ShardStream:
+    return glide_wds_loader(
+        urls,
+        enable_text=config.use_captions,
+        image_key=config.wds_image_key,
+        caption_key=config.wds_caption_key,
+        base_x=config.side_x,
+        base_y=config.side_y,
+        uncond_p=config.uncond_p,
+        # pictures that would have to be enlarged teach blur
+        min_original_width=config.image_width,
+        min_original_height=config.image_height,
+        enable_upsample=config.train_upsample,
+        dataset_name=config.wds_dataset_name,
+        upscale_factor=config.upscale_factor,
+        seed=config.seed,
+        resize_ratio=config.resize_ratio,
+        random_hflip=config.random_hflip,
+        return_keys=return_keys,
+        text_ctx_len=options["text_ctx"],
+    )
+
+
+def _held_back_low_res(
+    training: TextImageDataset | ShardStream, validation: Sequence | None, seed: int
+) -> tuple[TextImageDataset | ShardStream, torch.Tensor]:
+    """The training set less one image, and the low resolution of that image."""
+    if isinstance(training, ShardStream):
+        *_, low_res, _, key = next(iter(training.for_evaluation()))
+        return training.without({key}), low_res.unsqueeze(0)
+    if validation is None and len(training) > 1:
+        training, validation = split_validation(training, 1e-9, seed)  # holds back one
+    low_res = (validation or training.for_evaluation())[0][2]
+    return training, low_res.unsqueeze(0)
+
+
+def _describe(
+    config: TrainConfig, training: TextImageDataset | ShardStream, validation: Sequence | None
+) -> str:
+    size = f"{config.image_width}x{config.image_height}"
+    if isinstance(training, ShardStream):
+        text = f"{len(training.shards)} shards of {config.data_dir}, at {size}"
+    else:
+        text = f"{len(training)} images of {config.data_dir}, at {size}"
+    if validation is not None and not isinstance(validation, ShardStream):
+        text += f"; {len(validation)} to validate on"
+    return text

@@ -1,0 +1,43 @@
+"""Fine-tune GLIDE on your own pictures and captions.
+
+python train_glide.py --demo                                     # see it work, on any computer
+python train_glide.py --data_dir DIR                             # the base model, 64 x 64
+python train_glide.py --data_dir DIR --train_upsample            # the upsampler, 256 x 256
+python train_glide.py --data_dir DIR_WITH_TARS --use_webdataset  # WebDataset shards
+python train_glide.py --resume_ckpt glide_checkpoints/0000       # go on with a run
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+from glide_finetune.arguments import parse_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says; returns the exit status.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of the process.
+    """
+    config = parse_config(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    if config.dry_run:
+        print(json.dumps(config.to_dict(), indent=2))
+        return 0
+    # torch takes seconds to import, so it waits until the settings are known to be right
+    from glide_finetune.trainer import TrainingDiverged
+    from glide_finetune.training_run import run
+    from glide_text2im.download import DownloadError
+
+    try:
+        run(config)
+    except (ValueError, OSError, DownloadError, TrainingDiverged) as error:
+        print(f"train_glide.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
