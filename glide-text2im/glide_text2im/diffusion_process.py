@@ -79,7 +79,7 @@ class DiffusionProcess:
         """A table on a device: float32, or int64 for `timestep_map`; copied there only once."""
         key = (name, device)
         if key not in self._on_device:
-            table = torch.tensor(getattr(self, name))
+            table = torch.tensor(getattr(self, name), device="cpu")
             if table.is_floating_point():
                 table = table.float()
             self._on_device[key] = table.to(device)

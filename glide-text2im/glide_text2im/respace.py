@@ -1,6 +1,7 @@
 """Diffusion over a part of the timesteps that the model was trained with."""
 
 import itertools
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -92,8 +93,8 @@ class SpacedDiffusion(GaussianDiffusion):
         kept = sorted(set(use_timesteps))
         if len(kept) < 2 or kept[0] < 0 or kept[-1] >= base.num_timesteps:
             raise ValueError(
-                f"a respaced diffusion needs at least 2 of the timesteps 0 to "
-                f"{base.num_timesteps - 1}, got {len(kept)}: {kept[:3]}..."
+                f"timestep respacing must keep at least 2 of the timesteps 0 to "
+                f"{base.num_timesteps - 1}, got {reprlib.repr(kept)}"
             )
         alphas_cumprod = base.alphas_cumprod[kept]
         betas = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
