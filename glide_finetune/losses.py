@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from glide_text2im.diffusion_process import DiffusionProcess, Model
 from torch import Tensor
+
+from glide_text2im.diffusion_process import DiffusionProcess, Model
 
 LOSS_WEIGHTINGS = ("none", "min_snr", "soft_min_snr")
 SNR_GAMMA = 5.0  # the signal-to-noise ratio from which on less noisy timesteps count less

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from glide_text2im.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
 from glide_text2im.model_creation import create_gaussian_diffusion
 from glide_text2im.respace import space_timesteps

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from glide_text2im.model_creation import create_model_and_diffusion
-from golden_data import deviation, fill, load
 
 from glide_finetune.losses import (
     discretized_gaussian_log_likelihood,
     normal_kl,
     training_losses,
 )
+from glide_text2im.model_creation import create_model_and_diffusion
+from golden_data import deviation, fill, load
 
 SPEC, DATA = load("training")
 TOLERANCE = SPEC["tolerance"]

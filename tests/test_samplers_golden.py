@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from glide_text2im.clip.model_creation import create_clip_model
 from glide_text2im.model_creation import create_model_and_diffusion
 from golden_data import deviation, fill, load, seeded_randn_like
