@@ -1,0 +1,98 @@
+"""Numbered run folders: making the next one, finding the newest, and what a resume starts from.
+
+A run lives in `checkpoints_dir/0000`, `0001`, …; its settings are in `args.json`. Needs no torch.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glide_finetune.atomic_files import read_json, write_json_atomic
+
+ARGS_NAME = "args.json"
+_RUN_NAME = re.compile(r"[0-9]{4,}")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training process starts from; at most one of the two is given.
+
+    run_dir: go on in this folder from its newest checkpoint (from its beginning if it has none).
+    weights: make a new run that starts from this file, and from the training state beside it.
+    """
+
+    run_dir: Path | None = None
+    weights: Path | None = None
+
+
+def create_run(checkpoints_dir: str | Path) -> Path:
+    """Make and return the next numbered folder; processes at the same time get different ones."""
+    folder = Path(checkpoints_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        newest = newest_run(folder)
+        number = int(newest.name) + 1 if newest else 0
+        while True:
+            run_dir = folder / f"{number:04d}"
+            try:
+                run_dir.mkdir()
+            except FileExistsError:  # another process was faster, or it is a file
+                number += 1
+            else:
+                return run_dir
+    except OSError as error:
+        raise ValueError(
+            f"no run folder can be made in {folder} ({error.strerror}): "
+            "give a folder that can be written as --checkpoints_dir"
+        ) from None
+
+
+def newest_run(checkpoints_dir: str | Path) -> Path | None:
+    """The run folder with the highest number; None if there is none."""
+    folder = Path(checkpoints_dir).expanduser()
+    if not folder.is_dir():
+        return None
+    runs = [path for path in folder.iterdir() if _RUN_NAME.fullmatch(path.name) and path.is_dir()]
+    return max(runs, key=lambda path: (int(path.name), path.name), default=None)
+
+
+def interpret_resume(resume_ckpt: str, checkpoints_dir: str | Path) -> Start:
+    """What `--resume_ckpt` means: nothing, "auto", a run folder, or a weights file.
+
+    "auto" is the newest run, or a fresh start if there is none. ValueError, in one line, for a
+    path that does not exist or a folder that is not a run.
+    """
+    if not resume_ckpt:
+        return Start()
+    if resume_ckpt == "auto":
+        return Start(run_dir=newest_run(checkpoints_dir))
+    path = Path(resume_ckpt).expanduser()
+    if not path.exists():
+        raise ValueError(
+            f"--resume_ckpt {resume_ckpt}: no such file or folder; "
+            'give a run folder, a weights file (.pt) or "auto"'
+        )
+    if not path.is_dir():
+        return Start(weights=path)
+    if (path / ARGS_NAME).is_file():
+        return Start(run_dir=path)
+    inside = newest_run(path)
+    advice = f"the newest run in it is {inside}" if inside else "to use only weights, give the file"
+    raise ValueError(
+        f"--resume_ckpt {resume_ckpt}: no run folder, {ARGS_NAME} is missing; {advice}"
+    )
+
+
+def write_args(run_dir: Path, args: Mapping[str, Any]) -> Path:
+    """Store the settings of a run; returns the file."""
+    path = run_dir / ARGS_NAME
+    write_json_atomic(path, args)
+    return path
+
+
+def read_args(path: str | Path) -> dict[str, Any]:
+    """The settings in a run folder, or in a file like its args.json; ValueError without them."""
+    path = Path(path).expanduser()
+    return read_json(path / ARGS_NAME if path.is_dir() else path)

@@ -1,0 +1,200 @@
+"""Weights files: writing plain ones, reading them from anywhere safely, and loading them fast.
+
+A weights file is what every GLIDE tool reads: a `state_dict` of float32 tensors by `torch.save`.
+"""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glide_finetune.atomic_files import atomic_file
+
+# The kinds of model by the input channels of their first convolution: three of the noisy image;
+# then three of the low-res image, four of the masked image and its mask, or both.
+FIRST_CONVOLUTION = "input_blocks.0.0.weight"
+KINDS_BY_CHANNELS = {3: "base", 6: "upsample", 7: "base-inpaint", 10: "upsample-inpaint"}
+
+_WRAPPED_UNDER = ("state_dict", "model_state_dict", "model", "module")  # by other trainers
+_ZIP_MAGIC = b"PK\x03\x04"
+
+
+class WeightsError(ValueError):
+    """A weights file that cannot be used; one line: which file, what is wrong, what to do."""
+
+
+def plain_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` as it goes to a file: CPU, float32 (integers as they are), contiguous, plain names.
+
+    Keeps the order. Tensors that are already so are not copied.
+    """
+    return {_plain_name(name): host_tensor(tensor, torch.float32) for name, tensor in state.items()}
+
+
+def host_tensor(tensor: Tensor, float_dtype: torch.dtype | None = None) -> Tensor:
+    """`tensor` on the CPU, contiguous, detached, and alone in its storage (files hold storages)."""
+    dtype = float_dtype if tensor.is_floating_point() else None
+    tensor = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
+    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if alone else tensor.clone()
+
+
+def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write `state` to `path`, atomically; `torch.load(path)` gives a dict for load_state_dict."""
+    with atomic_file(path) as file:
+        torch.save(plain_state_dict(state), file)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a weights file, on the CPU, in the dtype it was stored in.
+
+    The tensors are mapped from the file, not read, where its format allows. Accepts the state dict
+    under a key such as "state_dict", and drops the prefixes of torch.compile and DataParallel.
+    WeightsError if the file is missing, cut off, holds something else, or would run code.
+    """
+    path = Path(path).expanduser()
+    content = read_tensor_file(path, mmap=True)
+    candidates = [content]
+    if isinstance(content, Mapping):
+        candidates += [content[key] for key in _WRAPPED_UNDER if key in content]
+    for state in candidates:
+        if (
+            isinstance(state, Mapping)
+            and state
+            and all(isinstance(tensor, Tensor) for tensor in state.values())
+        ):
+            return {_plain_name(name): tensor for name, tensor in state.items()}
+    found = f"a {type(content).__name__}"
+    if isinstance(content, Mapping):
+        found += " with the keys " + ", ".join(map(repr, list(content)[:5])) if content else ""
+    advice = "give a file that was saved from model.state_dict()"
+    if path.name.startswith("training-state"):
+        advice = "give the glide-ft-….pt beside it, which brings its training state along"
+    raise WeightsError(f"{path} holds no weights but {found}: {advice}")
+
+
+def read_tensor_file(path: Path, *, mmap: bool) -> Any:
+    """What torch.save wrote to `path`: tensors, on the CPU, in plain containers, nothing else.
+
+    mmap: map the tensors from the file where its format allows. WeightsError as in `read_weights`.
+    """
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder: give a weights file (.pt) in it")
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(len(_ZIP_MAGIC))
+    except FileNotFoundError:
+        raise WeightsError(f"{path} does not exist: check the path") from None
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
+    again = "copy or download it again"
+    if not magic:
+        raise WeightsError(f"{path} is empty: {again}")
+    is_zip = magic == _ZIP_MAGIC
+    if is_zip and not zipfile.is_zipfile(path):  # the directory at the end is missing
+        raise WeightsError(f"{path} is cut off after {path.stat().st_size} bytes: {again}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+    except pickle.UnpicklingError as error:
+        if culprit := re.search(r"GLOBAL (\S+)", str(error)):
+            raise WeightsError(
+                f"{path} is refused, since opening it could run code ({culprit[1]}): where you "
+                "trust it, load it there and save only model.state_dict() with torch.save"
+            ) from None
+        raise WeightsError(f"{path} is not a PyTorch weights file: check what it is") from None
+    except Exception as error:  # the unpickler fails in any way on bytes that mean nothing
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(
+            f"{path} is damaged or not a PyTorch weights file ({reason}): {again}"
+        ) from None
+
+
+def kind_of_model(state: Mapping[str, Tensor]) -> str | None:
+    """base, upsample, base-inpaint or upsample-inpaint; None if these are no weights of GLIDE."""
+    first = state.get(FIRST_CONVOLUTION)
+    return None if first is None or first.ndim != 4 else KINDS_BY_CHANNELS.get(first.shape[1])
+
+
+def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> None:
+    """Copy a weights file or a state dict into `model`, all of it, converting to its dtypes.
+
+    WeightsError, and the model unchanged, if names or shapes differ.
+    """
+    weights, label = _weights_and_label(source)
+    check_fit(model, weights, label)
+    model.load_state_dict(weights)
+
+
+def build_and_load(
+    create: Callable[[], nn.Module],
+    source: str | Path | Mapping[str, Tensor],
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """The model that `create` makes, on `device`, with the weights of `source`.
+
+    No parameter is initialised and every byte of the file is read once: `create` runs on the meta
+    device, so it must make nothing but the model. WeightsError as in `load_weights`.
+    """
+    weights, label = _weights_and_label(source)
+    with torch.device("meta"):
+        model = create()
+    check_fit(model, weights, label)
+    names = model.state_dict().keys()
+    lost = [name for name, _ in model.named_buffers() if name not in names]
+    assert not lost, f"buffers that no weights file fills: {lost}"
+    model.to_empty(device=device)
+    model.load_state_dict(weights)
+    return model
+
+
+def check_fit(model: nn.Module, weights: Mapping[str, Tensor], label: str) -> None:
+    """WeightsError, calling the weights `label`, unless they have the model's names and shapes."""
+    wanted = model.state_dict()
+    differences = [
+        f"{name} has shape {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    missing = [name for name in wanted if name not in weights]
+    unexpected = [name for name in weights if name not in wanted]
+    if not (differences or missing or unexpected):
+        return
+    details = "; ".join(
+        f"{len(found)} {what}, first {found[0]}"
+        for what, found in (
+            ("of another shape", differences),
+            ("missing", missing),
+            ("unexpected", unexpected),
+        )
+        if found
+    )
+    kind, wanted_kind = kind_of_model(weights), kind_of_model(wanted)
+    if len(missing) == len(wanted):
+        advice = "it belongs to a model of another family, give the weights of a GLIDE model"
+    elif kind and wanted_kind and kind != wanted_kind:
+        advice = f"give the weights of a model of kind {wanted_kind}, or make one of kind {kind}"
+        label = f"{label} holds a model of kind {kind}, wanted is {wanted_kind}; it"
+    else:
+        advice = "make the model with the options (preset, sizes) that the weights were made with"
+    raise WeightsError(f"{label} does not fit the model ({details}): {advice}")
+
+
+def _weights_and_label(
+    source: str | Path | Mapping[str, Tensor],
+) -> tuple[Mapping[str, Tensor], str]:
+    if isinstance(source, Mapping):
+        return source, "the state dict"
+    return read_weights(source), str(source)
+
+
+def _plain_name(name: str) -> str:
+    """Without the wrappers of torch.compile (anywhere) and DataParallel (in front)."""
+    name = name.replace("_orig_mod.", "")
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name

@@ -1,0 +1,343 @@
+"""Checkpoints of a run: whole or not there, found again, deleted in order."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+
+import pytest
+import torch
+
+from glide_finetune.atomic_files import atomic_file, remove_temporary
+from glide_finetune.checkpoints import (
+    files_beside,
+    newest_checkpoint,
+    prune,
+    read_training_state,
+    save_checkpoint,
+)
+from glide_finetune.weights import WeightsError, read_weights
+
+FORK = multiprocessing.get_context("fork")
+
+
+def save(run_dir, step, *, epoch=0, ema=True, size=8):
+    """A checkpoint in which every tensor is full of `step`."""
+    full = torch.full((size,), float(step))
+    return save_checkpoint(
+        run_dir,
+        epoch=epoch,
+        step=step,
+        model_state={"weight": full},
+        ema_state={"weight": full + 0.5} if ema else None,
+        training_state={"step": step, "optimizer": {"state": {0: {"exp_avg": full}}}},
+        description={"kind": "base", "model_options": {"dropout": 0.1}},
+    )
+
+
+def assert_whole(files, step):
+    assert files.step == step
+    assert read_weights(files.weights)["weight"].eq(step).all()
+    assert read_weights(files.ema)["weight"].eq(step + 0.5).all()
+    state = read_training_state(files.training_state)
+    assert state["step"] == step
+    assert state["optimizer"]["state"][0]["exp_avg"].eq(step).all()
+
+
+def names(run_dir):
+    return sorted(path.name for path in run_dir.iterdir())
+
+
+def test_a_checkpoint_is_these_four_files(tmp_path):
+    weights = save(tmp_path, 120, epoch=3)
+    assert weights == tmp_path / "glide-ft-3x120.pt"
+    assert names(tmp_path) == [
+        "glide-ft-3x120-ema.pt",
+        "glide-ft-3x120.json",
+        "glide-ft-3x120.pt",
+        "training-state-3x120.pt",
+    ]
+
+
+def test_without_averaged_weights_there_is_no_file_of_them(tmp_path):
+    save(tmp_path, 1, ema=False)
+    files = newest_checkpoint(tmp_path)
+    assert files.ema is None
+    assert names(tmp_path) == ["glide-ft-0x1.json", "glide-ft-0x1.pt", "training-state-0x1.pt"]
+
+
+def test_the_description_tells_what_the_files_are(tmp_path):
+    weights = save(tmp_path, 7, epoch=1)
+    description = json.loads(weights.with_suffix(".json").read_text())
+    assert description["kind"] == "base"
+    assert description["model_options"] == {"dropout": 0.1}
+    assert (description["epoch"], description["step"]) == (1, 7)
+    assert description["files"] == {
+        role: {"name": name, "bytes": (tmp_path / name).stat().st_size}
+        for role, name in {
+            "weights": "glide-ft-1x7.pt",
+            "ema": "glide-ft-1x7-ema.pt",
+            "training_state": "training-state-1x7.pt",
+        }.items()
+    }
+    assert newest_checkpoint(tmp_path).description == description
+
+
+def test_the_training_state_comes_back_exactly_and_without_running_code(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    for _ in range(3):
+        model(torch.randn(5, 3)).square().sum().backward()
+        optimizer.step()
+    state = {
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "scaler": {"scale": 65536.0, "growth": None},
+        "counters": (1, [2, True], "three"),
+    }
+    save_checkpoint(
+        tmp_path,
+        epoch=0,
+        step=3,
+        model_state=model.state_dict(),
+        ema_state=None,
+        training_state=state,
+        description={},
+    )
+    loaded = torch.load(tmp_path / "training-state-0x3.pt", weights_only=True)
+    assert loaded.keys() == state.keys()
+    assert loaded["counters"] == state["counters"]
+    assert loaded["scaler"] == state["scaler"]
+    assert loaded["optimizer"]["param_groups"] == state["optimizer"]["param_groups"]
+    assert torch.equal(loaded["rng"], state["rng"])
+    for index, moments in state["optimizer"]["state"].items():
+        for name, tensor in moments.items():
+            assert torch.equal(loaded["optimizer"]["state"][index][name], tensor)
+
+
+def test_a_training_state_of_other_objects_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(TypeError, match=r"training_state\['rng'\]\[1\] is a Random"):
+        save_checkpoint(
+            tmp_path,
+            epoch=0,
+            step=1,
+            model_state={},
+            ema_state=None,
+            training_state={"rng": [0, random.Random(0)]},
+            description={},
+        )
+    assert names(tmp_path) == []
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    for epoch, step in ((0, 9), (1, 100), (0, 20)):
+        save(tmp_path, step, epoch=epoch)
+    assert_whole(newest_checkpoint(tmp_path), 100)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda run: (run / "glide-ft-0x2.json").unlink(),
+        lambda run: (run / "glide-ft-0x2.json").write_text('{"step": 2, "fil'),
+        lambda run: (run / "glide-ft-0x2.json").write_text("[]"),
+        lambda run: (run / "glide-ft-0x2.json").write_text('{"files": {"weights": 3}}'),
+        lambda run: (run / "glide-ft-0x2-ema.pt").unlink(),
+        lambda run: os.truncate(run / "training-state-0x2.pt", 100),
+        lambda run: (run / "glide-ft-0x2.pt").write_bytes(b""),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, spoil):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    spoil(tmp_path)
+    assert_whole(newest_checkpoint(tmp_path), 1)
+
+
+def test_saving_the_same_step_again_replaces_it(tmp_path):
+    save(tmp_path, 1, size=8)
+    save(tmp_path, 1, size=16, ema=False)
+    files = newest_checkpoint(tmp_path)
+    assert read_weights(files.weights)["weight"].shape == (16,)
+    assert files.ema is None
+    assert "glide-ft-0x1-ema.pt" not in names(tmp_path)
+
+
+def test_pruning_keeps_the_newest_and_zero_keeps_all(tmp_path):
+    (tmp_path / "args.json").write_text("{}")
+    for step in (1, 2, 3, 10):
+        save(tmp_path, step)
+    prune(tmp_path, 0)
+    assert len(names(tmp_path)) == 4 * 4 + 1
+    prune(tmp_path, 2)
+    assert {name for name in names(tmp_path) if name.endswith(".json")} == {
+        "args.json",
+        "glide-ft-0x10.json",
+        "glide-ft-0x3.json",
+    }
+    assert len(names(tmp_path)) == 2 * 4 + 1
+    prune(tmp_path, 5)
+    assert len(names(tmp_path)) == 2 * 4 + 1
+
+
+def test_pruning_counts_whole_checkpoints_only(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "glide-ft-0x3.json").unlink()  # killed before it was written
+    (tmp_path / "glide-ft-0x1.json").unlink()  # killed while it was deleted
+    prune(tmp_path, 1)
+    assert_whole(newest_checkpoint(tmp_path), 2)
+    assert not [name for name in names(tmp_path) if "0x1" in name]
+
+
+def test_the_files_beside_a_weights_file_are_found(tmp_path):
+    weights = save(tmp_path, 5, epoch=2)
+    files = files_beside(weights)
+    assert (files.epoch, files.step) == (2, 5)
+    assert files.weights == weights
+    assert files.ema == tmp_path / "glide-ft-2x5-ema.pt"
+    assert files.training_state == tmp_path / "training-state-2x5.pt"
+    assert files.description["kind"] == "base"
+
+
+def test_averaged_weights_have_a_description_but_no_training_state(tmp_path):
+    save(tmp_path, 5)
+    files = files_beside(tmp_path / "glide-ft-0x5-ema.pt")
+    assert files.weights.name == "glide-ft-0x5-ema.pt"
+    assert files.training_state is None
+    assert files.description["step"] == 5
+
+
+def test_a_weights_file_alone_has_nothing_beside_it(tmp_path):
+    for name in ("base.pt", "glide-ft-0x5.pt"):
+        files = files_beside(tmp_path / name)
+        assert (files.ema, files.training_state, files.description) == (None, None, {})
+
+
+def test_a_broken_description_is_warned_about_and_left_out(tmp_path, caplog):
+    weights = save(tmp_path, 5)
+    weights.with_suffix(".json").write_text("{")
+    assert files_beside(weights).description == {}
+    assert "glide-ft-0x5.json" in caplog.text
+
+
+def test_a_damaged_training_state_is_named(tmp_path):
+    save(tmp_path, 5)
+    path = tmp_path / "training-state-0x5.pt"
+    os.truncate(path, 300)
+    with pytest.raises(WeightsError, match=rf"^{path} is cut off"):
+        read_training_state(path)
+
+
+def test_an_exception_in_an_atomic_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write_half():
+        with atomic_file(path) as file:
+            file.write(b"new")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        write_half()
+    assert names(tmp_path) == ["file"]
+    assert path.read_bytes() == b"old"
+
+
+def _die_before_call(number, action):
+    """Run `action` here, and SIGKILL this process before its call `number` that changes files."""
+    calls = 0
+
+    def deadly(function):
+        def counted(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return counted
+
+    for name in ("fsync", "replace", "unlink"):
+        setattr(os, name, deadly(getattr(os, name)))
+    action()
+
+
+def test_a_save_killed_at_any_of_its_file_operations_leaves_a_whole_checkpoint(tmp_path):
+    def save_and_prune():
+        save(run_dir, 2)
+        prune(run_dir, 1)
+
+    survivors = []
+    for number in range(1, 100):
+        run_dir = tmp_path / str(number)
+        run_dir.mkdir()
+        save(run_dir, 1)
+        process = FORK.Process(target=_die_before_call, args=(number, save_and_prune))
+        process.start()
+        process.join()
+        files = newest_checkpoint(run_dir)
+        assert_whole(files, files.step)
+        survivors.append(files.step)
+        remove_temporary(run_dir)
+        assert not list(run_dir.glob("*.tmp"))
+        save(run_dir, 3)
+        prune(run_dir, 1)
+        assert len(names(run_dir)) == 4  # nothing half written or half deleted stays behind
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert process.exitcode == 0, "the save never ended"
+    assert survivors == sorted(survivors)
+    assert survivors.count(1) > 10
+    assert survivors.count(2) > 4
+
+
+def _save_forever(run_dir):
+    for step in range(1, 10_000):
+        save(run_dir, step, size=500_000)
+        prune(run_dir, 2)
+
+
+def test_a_process_killed_at_random_moments_leaves_a_whole_checkpoint(tmp_path):
+    moments = random.Random(0)
+    save(tmp_path, 0)
+    for _ in range(6):
+        process = FORK.Process(target=_save_forever, args=(tmp_path,))
+        process.start()
+        time.sleep(moments.uniform(0.02, 0.3))
+        process.kill()
+        process.join()
+        files = newest_checkpoint(tmp_path)
+        assert_whole(files, files.step)
+        remove_temporary(tmp_path)
+        assert not list(tmp_path.glob("*.tmp"))
+
+
+def _save_with_little_room(run_dir, errors):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    try:
+        save(run_dir, 2, size=1_000_000)
+    except OSError as error:
+        errors.put(str(error))
+
+
+def test_a_write_that_fails_is_explained_in_one_line_and_harms_no_older_checkpoint(tmp_path):
+    save(tmp_path, 1)
+    errors = FORK.Queue()
+    process = FORK.Process(target=_save_with_little_room, args=(tmp_path, errors))
+    process.start()
+    message = errors.get(timeout=60)
+    process.join()
+    assert message.startswith(f"the checkpoint of step 2 could not be written to {tmp_path}")
+    assert "File too large" in message
+    assert "\n" not in message
+    assert_whole(newest_checkpoint(tmp_path), 1)
+    assert not list(tmp_path.glob("*.tmp"))
+    save(tmp_path, 2, size=1_000_000)  # there is room again
+    assert_whole(newest_checkpoint(tmp_path), 2)
