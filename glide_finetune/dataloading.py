@@ -1,0 +1,290 @@
+"""Batches in a reproducible order, and the split into training and validation.
+
+A batch at a given place of a given epoch is always the same: for local folders whatever the number
+of workers, for shards with the same number of workers; and also when an epoch is entered in the
+middle, where what lies before is not decoded.
+"""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from glide_finetune.bad_samples import BadSample
+from glide_finetune.loader import TextImageDataset
+from glide_finetune.seeds import derived_seed
+from glide_finetune.shared_integer import SharedInteger
+from glide_finetune.wds_loader import ShardStream, describe_counts, nothing_left
+
+logger = logging.getLogger(__name__)
+
+
+def make_dataloader(
+    dataset: TextImageDataset | ShardStream,
+    batch_size: int,
+    *,
+    seed: int,
+    num_workers: int,
+    device: torch.device | str,
+    shuffle: bool = True,
+    drop_last: bool = True,
+) -> "FolderBatches | ShardBatches":
+    """Batches of a dataset: tuples of stacked tensors, and a list of keys last if it gives them.
+
+    Call `set_epoch(epoch, start_batch=0)`, then iterate; without a new call the same epoch comes
+    again. `device` is where the batches will be used: for CUDA they come in pinned memory.
+    `seed` and `shuffle` are for the order of folders; a stream of shards has its own.
+    `drop_last` leaves out an incomplete last batch.
+
+    A folder with fewer samples than a batch gives one batch, in which samples occur again with
+    other crops. Raises ValueError while iterating if no sample can be used.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    pin_memory = torch.device(device).type == "cuda"
+    if isinstance(dataset, ShardStream):
+        return ShardBatches(dataset, batch_size, num_workers, pin_memory, drop_last)
+    order = _FolderEpoch(len(dataset), batch_size, seed, shuffle, drop_last)
+    return FolderBatches(dataset, order, num_workers, pin_memory)
+
+
+def split_validation(
+    dataset: TextImageDataset, fraction: float, seed: int
+) -> tuple[TextImageDataset, TextImageDataset | None]:
+    """(training part, validation part) of a local dataset.
+
+    A sample is held back if the hash of its key and the seed falls below `fraction`, so adding
+    files moves none of the others from one part to the other. At least one is held back and one
+    left. The validation part has nothing random (`TextImageDataset.for_evaluation`); it is None for
+    a fraction of 0. Raises ValueError for a fraction outside of [0, 1) and for a single sample.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"the fraction to hold back must be in [0, 1), not {fraction}")
+    if fraction == 0:
+        return dataset, None
+    if len(dataset) < 2:
+        raise ValueError("a dataset of one sample cannot be split into training and validation")
+    draws = [derived_seed(seed, "validation", key) / 2**64 for key in dataset.keys]
+    count = min(max(1, sum(draw < fraction for draw in draws)), len(draws) - 1)
+    order = sorted(range(len(draws)), key=draws.__getitem__)
+    held_back = dataset.subset(sorted(order[:count])).for_evaluation()
+    return dataset.subset(sorted(order[count:])), held_back
+
+
+class _Draw(NamedTuple):
+    """One use of a sample; travels to the worker instead of a bare index."""
+
+    index: int
+    epoch: int
+    repeat: int  # further uses in the same epoch, when a folder is smaller than a batch
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A worker's error as a message, so that the user sees one line and no worker's traceback."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class _ShareEnd:
+    """Sent by a worker after its last batch of an epoch."""
+
+    rejected: Counter
+
+
+def _collate(items: Sequence[tuple]) -> tuple:
+    return tuple(
+        list(values) if isinstance(values[0], str) else torch.stack(values)
+        for values in zip(*items, strict=True)
+    )
+
+
+def _as_it_is(batch):
+    return batch
+
+
+class _FolderEpoch:
+    """The batches of draws of one epoch, from `start_batch` on."""
+
+    def __init__(
+        self, samples: int, batch_size: int, seed: int, shuffle: bool, drop_last: bool
+    ) -> None:
+        self.samples, self.batch_size, self.seed = samples, batch_size, seed
+        self.shuffle = shuffle
+        self.epoch = self.start_batch = 0
+        if drop_last:
+            self.batches = max(1, samples // batch_size)
+        else:
+            self.batches = math.ceil(samples / batch_size)
+        self.draws = self.batches * batch_size if drop_last else samples
+
+    def __iter__(self) -> Iterator[list[_Draw]]:
+        rounds = math.ceil(self.draws / self.samples)
+        order = torch.cat([self._order(repeat) for repeat in range(rounds)])
+        for start in range(self.start_batch * self.batch_size, self.draws, self.batch_size):
+            places = range(start, min(start + self.batch_size, self.draws))
+            yield [_Draw(int(order[i]), self.epoch, repeat=i // self.samples) for i in places]
+
+    def _order(self, repeat: int) -> torch.Tensor:
+        if not self.shuffle:
+            return torch.arange(self.samples)
+        seed = derived_seed(self.seed, self.epoch, "order", repeat)
+        return torch.randperm(self.samples, generator=torch.Generator().manual_seed(seed))
+
+
+class _FolderDraws(Dataset):
+    """What the workers of a folder hold: batches of draws in, batches of tensors out."""
+
+    def __init__(self, dataset: TextImageDataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, draws: list[_Draw]) -> tuple | _Failure:
+        try:
+            return _collate([self.dataset.draw(*draw) for draw in draws])
+        except ValueError as error:
+            return _Failure(str(error))
+
+
+class FolderBatches:
+    """The batches of a local dataset; its length is the number of batches of an epoch."""
+
+    def __init__(
+        self, dataset: TextImageDataset, order: _FolderEpoch, num_workers: int, pin_memory: bool
+    ) -> None:
+        self._epoch = order
+        self._loader = DataLoader(
+            _FolderDraws(dataset),
+            batch_sampler=self._epoch,
+            collate_fn=_as_it_is,
+            **_loader_settings(num_workers, pin_memory),
+        )
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        self._epoch.epoch, self._epoch.start_batch = epoch, start_batch
+
+    def __len__(self) -> int:
+        return self._epoch.batches
+
+    def __iter__(self) -> Iterator[tuple]:
+        for batch in self._loader:
+            if isinstance(batch, _Failure):
+                raise ValueError(batch.message)
+            yield batch
+
+
+class _ShardShare(IterableDataset):
+    """What the workers of a stream hold: the batches of a worker's share of an epoch."""
+
+    def __init__(self, stream: ShardStream, batch_size: int, drop_last: bool) -> None:
+        super().__init__()
+        self.stream, self.batch_size, self.drop_last = stream, batch_size, drop_last
+        self.start_batch = SharedInteger()
+
+    def __iter__(self) -> Iterator[tuple | _ShareEnd | None]:
+        """Batches, with None for those that are surely before `start_batch`.
+
+        The batches of all workers are taken in turn, so batch n of worker w is batch
+        n * workers + w of the epoch, or an earlier one where another worker has run out. Hence
+        what is skipped by that rule is never needed, and the receiver drops the few too many.
+        """
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        skip = max(0, math.ceil((self.start_batch.value - worker) / workers))
+        epoch, rejected = self.stream.epoch, Counter()
+        raw_samples = self.stream.raw_samples(epoch, worker, workers, rejected)
+        for _ in range(skip):
+            if sum(1 for _ in islice(raw_samples, self.batch_size)) < self.batch_size:
+                break
+            yield None
+        first, batch = skip == 0, []
+        for item in self._items(raw_samples, epoch, rejected):
+            batch.append(item)
+            if len(batch) == self.batch_size:
+                yield _collate(batch)
+                first, batch = False, []
+        if batch and not self.drop_last:
+            yield _collate(batch)
+        elif batch and first:
+            yield _collate(list(islice(cycle(batch), self.batch_size)))
+        yield _ShareEnd(rejected)
+
+    def _items(self, raw_samples, epoch: int, rejected: Counter) -> Iterator[tuple]:
+        """An item for each sample; the next readable one also stands in for an unreadable one.
+
+        Leaving a gap instead would move all that follows, and where an epoch is entered in the
+        middle nobody knows which of the samples before were unreadable.
+        """
+        gaps = 0
+        for raw in raw_samples:
+            try:
+                item = self.stream.make(raw, epoch)
+            except BadSample as error:
+                self.stream.report(raw.key, error, rejected)
+                gaps += 1
+                continue
+            yield from [item] * (gaps + 1)
+            gaps = 0
+
+
+class ShardBatches:
+    """The batches of a stream of shards. How many an epoch has is not known, so it has no length.
+
+    At most as many workers are started as there are shards. An incomplete batch at the end of a
+    worker's share is dropped; if it is the worker's only one, it is filled by repeating its items.
+
+    Attributes: `rejected`, counts by reason of what the last complete epoch left out.
+    """
+
+    def __init__(
+        self,
+        stream: ShardStream,
+        batch_size: int,
+        num_workers: int,
+        pin_memory: bool,
+        drop_last: bool,
+    ) -> None:
+        self._share = _ShardShare(stream, batch_size, drop_last)
+        self._loader = DataLoader(
+            self._share,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            **_loader_settings(min(num_workers, len(stream.shards)), pin_memory),
+        )
+        self.rejected: Counter = Counter()
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        self._share.stream.set_epoch(epoch)
+        self._share.start_batch.value = start_batch
+
+    def __iter__(self) -> Iterator[tuple]:
+        rejected, place, start_batch = Counter(), 0, self._share.start_batch.value
+        for message in self._loader:
+            if isinstance(message, _ShareEnd):
+                rejected += message.rejected
+                continue
+            if place >= start_batch and message is not None:
+                yield message
+            place += 1
+        self.rejected = rejected
+        if place == 0:
+            raise ValueError(nothing_left(rejected))
+        if rejected:
+            logger.warning("this epoch left out %s", describe_counts(rejected))
+
+
+def _loader_settings(num_workers: int, pin_memory: bool) -> dict:
+    return {
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "pin_memory": pin_memory,
+        # DataLoader draws a number at the start of each iteration. From a generator of its own, so
+        # that entering an epoch in the middle leaves the training's random state alone.
+        "generator": torch.Generator(),
+    }
