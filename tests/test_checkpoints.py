@@ -7,6 +7,7 @@ import random
 import resource
 import signal
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -165,6 +166,15 @@ def test_saving_the_same_step_again_replaces_it(tmp_path):
     assert read_weights(files.weights)["weight"].shape == (16,)
     assert files.ema is None
     assert "glide-ft-0x1-ema.pt" not in names(tmp_path)
+
+
+def test_a_checkpoint_that_is_half_replaced_is_not_whole(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    monkeypatch.setattr(torch, "save", mock.Mock(side_effect=[None, OSError("disk full")]))
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path, 2)
+    assert_whole(newest_checkpoint(tmp_path), 1)
 
 
 def test_pruning_keeps_the_newest_and_zero_keeps_all(tmp_path):
