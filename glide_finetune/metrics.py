@@ -1,0 +1,177 @@
+"""The figures of a run, through one object: metrics.jsonl, wandb and the console."""
+
+import json
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from glide_finetune.atomic_files import atomic_file, valid_json
+from glide_finetune.wandb_run import WandbRun
+
+METRICS_NAME = "metrics.jsonl"
+WANDB_ID_NAME = "wandb_id.txt"
+
+
+class MetricsLog:
+    """Figures by step, appended to metrics.jsonl in the run folder and handed to wandb.
+
+    metrics.jsonl has one object a line: "step", then the metrics in the order given. NaN and
+    infinities are the strings "NaN", "Infinity", "-Infinity"; `read_metrics` turns them back.
+
+    run_dir: None makes an object that does nothing.
+    resume_step: the step of the checkpoint that the run goes on from. Lines of later steps are
+        dropped, since they come again; so everything of a step must be logged before its
+        checkpoint is saved. None: the run begins, and so does the file.
+    project, entity, config: of the wandb run, whose id is kept in the run folder, so that a
+        resumed run continues it. project None: no wandb.
+    report: called with one aligned line for every `log`, for example `tqdm.write`; metrics with
+        a slash in their name are details and left out of it.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | None,
+        *,
+        resume_step: int | None = None,
+        project: str | None = None,
+        entity: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        self._file = self._wandb = self._report = None
+        if run_dir is None:
+            return
+        self._report = report
+        path = run_dir / METRICS_NAME
+        _rewind(path, resume_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        if project is not None:
+            self._wandb = WandbRun(
+                run_dir,
+                project=project,
+                entity=entity,
+                config=valid_json(config or {}),
+                run_id=_wandb_id(run_dir),
+            )
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Record metrics (numbers, numpy or torch scalars, strings) of an optimizer step."""
+        if self._file is None:
+            return
+        metrics = {
+            name: value.item() if hasattr(value, "item") else value
+            for name, value in metrics.items()
+        }
+        line = json.dumps(valid_json({"step": step, **metrics}), ensure_ascii=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+        if self._wandb:
+            self._wandb.log(metrics, step)
+        if self._report:
+            self._report(format_line(metrics, step))
+
+    def log_images(
+        self,
+        name: str,
+        images: Sequence[Image.Image | str | Path],
+        captions: Sequence[str],
+        step: int,
+    ) -> None:
+        """Show pictures, or the files they are in, with one caption each, in wandb."""
+        if self._wandb:
+            self._wandb.log_images(name, images, captions, step)
+
+    def close(self) -> None:
+        """Close the file and finish the wandb run; waits for uploads, for a limited time."""
+        if self._file:
+            self._file.close()
+        if self._wandb:
+            self._wandb.finish()
+        self._file = self._wandb = None
+
+
+def wandb_setup(
+    batch_size: int,
+    side_x: int,
+    side_y: int,
+    learning_rate: float,
+    use_fp16: bool,
+    device: Any,
+    data_dir: str,
+    base_dir: str,
+    project_name: str = "glide-finetune",
+) -> WandbRun:
+    """A new wandb run with these settings as its config; its local files go to `base_dir`."""
+    return WandbRun(
+        base_dir,
+        project=project_name,
+        config={
+            "batch_size": batch_size,
+            "side_x": side_x,
+            "side_y": side_y,
+            "learning_rate": learning_rate,
+            "use_fp16": use_fp16,
+            "device": str(device),
+            "data_dir": str(data_dir),
+        },
+    )
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, NaN and infinities as numbers; unreadable lines are left out."""
+    numbers = {text: float(text) for text in ("NaN", "Infinity", "-Infinity")}
+    return [
+        {
+            name: numbers.get(value, value) if isinstance(value, str) else value
+            for name, value in record.items()
+        }
+        for _, record in _lines(run_dir / METRICS_NAME)
+    ]
+
+
+def format_line(metrics: Mapping[str, Any], step: int) -> str:
+    """One line for the console; its columns stay aligned while the names stay the same."""
+    columns = [f"step {step:>7}"]
+    for name, value in metrics.items():
+        if "/" not in name:
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            columns.append(f"{name} {text:<9}")
+    return "  ".join(columns).rstrip()
+
+
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The readable lines with their content; a process killed in mid-write leaves a torn one."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            record = json.loads(line)
+            int(record["step"])
+        except (ValueError, TypeError, LookupError):
+            continue
+        found.append((line, record))
+    return found
+
+
+def _rewind(path: Path, step: int | None) -> None:
+    """Keep the lines up to `step`, none if it is None."""
+    if not path.exists():
+        return
+    kept = [line for line, record in _lines(path) if step is not None and record["step"] <= step]
+    with atomic_file(path) as file:
+        file.write("".join(line + "\n" for line in kept).encode("utf-8"))
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """The id of this run's wandb run, made once."""
+    path = run_dir / WANDB_ID_NAME
+    if path.exists() and (run_id := path.read_text(encoding="utf-8").strip()):
+        return run_id
+    run_id = secrets.token_hex(4)
+    with atomic_file(path) as file:
+        file.write(run_id.encode("utf-8"))
+    return run_id

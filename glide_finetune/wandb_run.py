@@ -1,0 +1,154 @@
+"""One run in Weights & Biases that can neither stop nor slow training.
+
+All calls to wandb happen in a thread that takes them from a queue. If wandb fails, it is off for
+the rest of the run, with one warning; if it hangs, calls beyond the queue's size are dropped.
+"""
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+INIT_SECONDS = 60  # to reach the server
+FINISH_SECONDS = 60  # to upload the rest at the end; it stays on disk for `wandb sync` anyway
+QUEUE_LIMIT = 10_000
+
+
+class WandbRun:
+    """A run of `project`, its local files in `folder`/wandb.
+
+    run_id: an id that may have been used before, which continues that run. WANDB_MODE is honoured;
+    "disabled" does not even import wandb. Without it and without a login the run is offline.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        project: str,
+        entity: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        run_id: str | None = None,
+    ) -> None:
+        self._init_arguments = {
+            "dir": str(folder),
+            "project": project,
+            "entity": entity,
+            "config": dict(config or {}),
+            "id": run_id,
+            "resume": "allow",
+        }
+        self._calls: queue.Queue[Callable[[Any], None] | None] = queue.Queue(QUEUE_LIMIT)
+        self._thread: threading.Thread | None = None
+        if os.environ.get("WANDB_MODE") == "disabled":
+            return
+        # wandb's reports on itself would hold up the exit where its server does not answer.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        try:
+            # Here, not in the thread: a data worker forked in mid-import would inherit its locks.
+            import wandb
+        except Exception as error:
+            self._warn(error)
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)  # else wandb writes to a temporary folder
+        self._thread = threading.Thread(target=self._work, args=(wandb,), name="wandb", daemon=True)
+        self._thread.start()
+
+    def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Send numbers; those of a step that wandb already has are left out."""
+        metrics = dict(metrics)
+        self._put(lambda run: run.log(metrics, step=step), step)
+
+    def log_images(
+        self,
+        name: str,
+        images: Sequence[Image.Image | str | Path],
+        captions: Sequence[str],
+        step: int | None = None,
+    ) -> None:
+        """Send pictures, or the files they are in, with one caption each."""
+        pairs = [
+            (str(image) if isinstance(image, Path) else image, caption)
+            for image, caption in zip(images, captions, strict=True)
+        ]
+
+        def send(run: Any) -> None:
+            import wandb
+
+            run.log({name: [wandb.Image(image, caption=text) for image, text in pairs]}, step=step)
+
+        self._put(send, step)
+
+    def finish(self) -> None:
+        """Upload what is left, for a limited time; nothing can be logged afterwards."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        try:
+            self._calls.put_nowait(None)
+            thread.join(FINISH_SECONDS + 5)  # wandb's own limit comes first
+        except queue.Full:
+            pass
+        if thread.is_alive():
+            logger.warning("wandb did not finish in time; its local files stay in the run folder")
+
+    def _put(self, call: Callable[[Any], None], step: int | None) -> None:
+        if self._thread is None:
+            return
+        if not self._thread.is_alive():  # it has warned
+            self._thread = None
+            return
+        try:
+            self._calls.put_nowait(lambda run: _log_forward(run, call, step))
+        except queue.Full:
+            self._thread = None
+            logger.warning("wandb does not keep up and is off from step %s on", step)
+
+    def _work(self, wandb: Any) -> None:
+        try:
+            run = self._start(wandb)
+            while (call := self._calls.get()) is not None:
+                call(run)
+            run.finish()
+        except Exception as error:
+            self._warn(error)
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # here, since at exit it would wait for the server
+
+    def _start(self, wandb: Any) -> Any:
+        settings = wandb.Settings(
+            init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, silent=True, console="off"
+        )
+        arguments = dict(self._init_arguments, settings=settings)
+        wandb.setup(settings=wandb.Settings(silent=True))
+        has_login = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
+        if not has_login:
+            arguments["mode"] = "offline"
+        run = wandb.init(**arguments)
+        if not has_login:
+            logger.warning(
+                "wandb has no login, so this run is recorded offline; to upload it: wandb sync %s",
+                run.settings.sync_dir,
+            )
+        elif not run.offline:
+            logger.info("wandb: %s", run.url)
+        return run
+
+    @staticmethod
+    def _warn(error: Exception) -> None:
+        reason = (str(error).splitlines() or [""])[0]
+        logger.warning("wandb is off for this run (%s: %s)", type(error).__name__, reason)
+
+
+def _log_forward(run: Any, call: Callable[[Any], None], step: int | None) -> None:
+    """Leave out steps before the one wandb is at: a resumed run sends them a second time."""
+    if step is None or step >= run.step:
+        call(run)
