@@ -4,7 +4,7 @@ import copy
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -29,6 +29,8 @@ from glide_finetune.wds_filter import (
 logger = logging.getLogger(__name__)
 
 DATASET_NAMES = ("laion", "alamy", "generic")
+
+ALAMY_CAPTION = "caption"  # the field of Alamy's metadata
 
 Rejection = Callable[[Mapping], str | None]
 
@@ -79,6 +81,7 @@ class ShardStream(IterableDataset):
         self.return_keys = return_keys
         self._epoch = SharedInteger(epoch)
         self._named: set[str] = set()
+        self._held_back: frozenset[str] = frozenset()
 
     @property
     def epoch(self) -> int:
@@ -95,6 +98,13 @@ class ShardStream(IterableDataset):
         fixed.shuffle_buffer = 0
         fixed._epoch = SharedInteger()
         return fixed
+
+    def without(self, keys: Collection[str]) -> "ShardStream":
+        """The same samples but for those with these keys ("SHARD/KEY")."""
+        smaller = copy.copy(self)
+        smaller._held_back = self._held_back | frozenset(keys)
+        smaller._epoch = SharedInteger(self.epoch)
+        return smaller
 
     def __iter__(self) -> Iterator[tuple]:
         epoch, rejected, given = self.epoch, Counter(), 0
@@ -153,20 +163,16 @@ class ShardStream(IterableDataset):
 
         def broken(error: Exception) -> bool:
             if not errors:  # one fault may show up several times
-                # webdataset adds the stream and the shard to the message or after it
-                reason = str(error.args[0] if error.args else error).split(" @ ")[0]
-                self.report(shard, reason, rejected, "broken shard")
+                self.report(shard, _shard_fault(error), rejected, "broken shard")
             errors.append(error)
             return True  # webdataset then goes on with what can still be read
 
         try:
-            stream = self._open(shard)
-        except OSError as error:
-            self.report(shard, error.strerror or error, rejected, "broken shard")
-            return
-        with stream:
-            members = tar_file_expander([{"url": shard, "stream": stream}], handler=broken)
-            yield from group_by_keys(members, handler=broken)
+            with self._open(shard) as stream:
+                members = tar_file_expander([{"url": shard, "stream": stream}], handler=broken)
+                yield from group_by_keys(members, handler=broken)
+        except Exception as error:  # whatever the network or a pipe's command comes up with
+            broken(error)
 
     def _open(self, shard: str):
         if not is_remote(shard):
@@ -177,6 +183,8 @@ class ShardStream(IterableDataset):
 
     def _select(self, shard: str, sample: dict[str, bytes], rejected: Counter) -> RawSample | None:
         key = f"{os.path.basename(shard)}/{sample['__key__']}"
+        if key in self._held_back:
+            return None
         try:
             raw, reason = self._filter(key, sample)
         except BadSample as error:
@@ -214,7 +222,11 @@ class ShardStream(IterableDataset):
         return " ".join(text.split())
 
 
-ALAMY_CAPTION = "caption"  # the field of Alamy's metadata
+def _shard_fault(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # webdataset puts the stream and the shard into the message or behind it
+    return str(error.args[0] if error.args else error).split(" @ ")[0]
 
 
 def describe_counts(rejected: Mapping[str, int]) -> str:

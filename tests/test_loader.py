@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from glide_finetune.dataloading import make_dataloader, split_validation
+from glide_finetune.folder_index import check_folder
 from glide_finetune.images import to_tensor
 from glide_finetune.loader import TextImageDataset
 from stub_tokenizer import StubTokenizer, caption_of
@@ -141,9 +142,20 @@ def test_without_captions_every_sample_has_the_empty_caption(tmp_path):
     ],
 )
 def test_nothing_to_train_on_is_an_error_in_one_line(tmp_path, prepare, message):
+    folder = prepare(tmp_path)
     with pytest.raises(ValueError, match=message) as error:
-        dataset(prepare(tmp_path))
+        dataset(folder)
     assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=message):
+        check_folder(folder, use_captions=True)
+
+
+def test_the_quick_check_of_a_folder_accepts_what_the_dataset_does(tmp_path):
+    write_image(tmp_path / "a.png", caption=None)
+    check_folder(tmp_path, use_captions=False)
+    write_image(tmp_path / "b/c.png")
+    check_folder(tmp_path, use_captions=True)
+    assert len(dataset(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(

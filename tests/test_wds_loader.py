@@ -1,5 +1,6 @@
 """Tar shards: filters, skipping, the split among workers and reproducible batches."""
 
+import gzip
 import io
 import json
 import logging
@@ -238,9 +239,24 @@ def test_broken_shards_are_skipped_and_what_is_whole_in_them_is_read(tmp_path, c
     assert "left out 3 broken shard" in caplog.text
 
 
-def test_compressed_shards_are_read(tmp_path):
-    import gzip
+def test_pipe_commands_are_read_and_failing_ones_skipped(tmp_path, caplog):
+    shard = write_shard(tmp_path / "s.tar", {"000": one()})
+    data = stream([f"pipe:cat {shard}", "pipe:exit 3", f"pipe:cat {shard}; exit 3"])
+    with caplog.at_level(logging.WARNING):
+        assert set(keys(data)) == {"000"}
+    assert "skipped pipe:exit 3: " in caplog.text
 
+
+def test_a_shard_that_vanished_is_skipped(tmp_path, caplog):
+    paths = [write_shard(tmp_path / f"{name}.tar", {name: one()}) for name in "ab"]
+    data = stream(paths)
+    paths[0].unlink()
+    with caplog.at_level(logging.WARNING):
+        assert keys(data) == ["b"]
+    assert "a.tar: No such file or directory" in caplog.text
+
+
+def test_compressed_shards_are_read(tmp_path):
     shard = write_shard(tmp_path / "s.tar", {"000": one()})
     (tmp_path / "t.tar.gz").write_bytes(gzip.compress(shard.read_bytes()))
     assert keys(stream(tmp_path / "t.tar.gz")) == ["000"]
@@ -331,6 +347,12 @@ def test_the_evaluation_copy_has_nothing_random(shards):
     assert all(mask.any() for _, mask, *_ in items)
     fixed.set_epoch(4)
     assert all(torch.equal(a[2], b[2]) for a, b in zip(items, fixed, strict=True))
+
+
+def test_held_back_samples_do_not_come(shards):
+    smaller = stream(shards).without({"s-2.tar/203"}).without(["s-0.tar/000"])
+    assert sorted(keys(smaller)) == [key for key in EVERY_KEY if key not in ("203", "000")]
+    assert len(list(smaller.for_evaluation())) == len(EVERY_KEY) - 2
 
 
 def epoch_batches(loader, epoch: int, start_batch: int = 0) -> list[tuple]:
