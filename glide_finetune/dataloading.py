@@ -199,10 +199,12 @@ class _ShardShare(IterableDataset):
         skip = max(0, math.ceil((self.start_batch.value - worker) / workers))
         epoch, rejected = self.stream.epoch, Counter()
         raw_samples = self.stream.raw_samples(epoch, worker, workers, rejected)
-        for _ in range(skip):
-            if sum(1 for _ in islice(raw_samples, self.batch_size)) < self.batch_size:
+        for n in range(skip):
+            size = sum(1 for _ in islice(raw_samples, self.batch_size))
+            if size == self.batch_size or (size and (n == 0 or not self.drop_last)):
+                yield None
+            if size < self.batch_size:
                 break
-            yield None
         first, batch = skip == 0, []
         for item in self._items(raw_samples, epoch, rejected):
             batch.append(item)

@@ -377,6 +377,18 @@ def test_batches_repeat_for_the_same_workers_and_resume_in_mid_epoch(shards, num
     assert epoch_batches(resumed, 0) == first
 
 
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_workers_with_very_different_shares_resume_too(tmp_path, drop_last):
+    for name, count in (("a", 17), ("b", 3), ("c", 6)):
+        write_shard(tmp_path / f"{name}.tar", {f"{name}{i:02}": one(i) for i in range(count)})
+    settings = {"seed": 0, "num_workers": 3, "device": "cpu", "drop_last": drop_last}
+    loader = make_dataloader(stream(tmp_path), 4, **settings)
+    whole = epoch_batches(loader, 0)
+    assert len(whole) == (4 + 1 + 1 if drop_last else 5 + 1 + 2)
+    for start_batch in range(1, len(whole)):
+        assert epoch_batches(loader, 0, start_batch) == whole[start_batch:]
+
+
 def test_what_is_skipped_on_resuming_is_not_decoded(shards, monkeypatch):
     data = stream(shards)
     made = []
