@@ -3,7 +3,14 @@
 Nothing here imports torch.
 """
 
-from typing import Any
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glide_finetune.demo_data import COLOURS, POSITIONS, SHAPES, demo_captions, write_demo_set
+
+if TYPE_CHECKING:
+    from glide_finetune.config import TrainConfig
 
 DEMO_FOLDER = "glide_demo"
 
@@ -43,3 +50,23 @@ DEMO_SETTINGS: dict[str, Any] = {
     "save_checkpoint_interval": 1000,
     "test_batch_size": 4,
 }
+
+
+def prompts() -> list[str]:
+    """The captions of the demo's samples: every colour and shape, none of them twice."""
+    captions = {(colour, shape, place): text for text, colour, shape, place in demo_captions()}
+    places = itertools.cycle(POSITIONS)
+    shapes = itertools.cycle(SHAPES)
+    return [captions[colour, next(shapes), next(places)] for colour in [*COLOURS, *COLOURS]]
+
+
+def prepare(config: "TrainConfig") -> None:
+    """Draw the demo's pictures and write its prompts, unless other ones are asked for.
+
+    Raises:
+        ValueError: the folder of the demo holds something else.
+    """
+    if config.data_dir == DEMO_SETTINGS["data_dir"]:
+        write_demo_set(config.data_dir)
+    if config.prompt_file == DEMO_SETTINGS["prompt_file"]:
+        Path(config.prompt_file).write_text("\n".join(prompts()) + "\n", encoding="utf-8")
