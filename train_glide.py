@@ -32,11 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from glide_text2im.download import DownloadError
 
     try:
-        run(config)
+        return run(config).exit_status
     except (ValueError, OSError, DownloadError, TrainingDiverged) as error:
         print(f"train_glide.py: error: {error}", file=sys.stderr)
         return 1
-    return 0
+    except KeyboardInterrupt:
+        print("train_glide.py: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

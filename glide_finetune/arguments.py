@@ -2,24 +2,31 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from glide_finetune.config import ConfigError, TrainConfig, check, complete
+from glide_finetune.config import FIELDS, ConfigError, TrainConfig, complete, types_of
+from glide_finetune.config_checks import check
 from glide_finetune.demo import DEMO_SETTINGS
-from glide_finetune.model_options import parse_model_option
+from glide_finetune.model_options import described_model, parse_model_option
 from glide_finetune.runs import ARGS_NAME, interpret_resume, read_args
 
-FIELDS = dataclasses.fields(TrainConfig)
-ONCE = {field.name for field in FIELDS if field.metadata["once"]}
+# Setting one of these means that the other is not wanted.
+_INSTEAD: dict[str, dict[str, Any]] = {
+    "test_prompt": {"prompt_file": ""},
+    "val_data_dir": {"val_fraction": 0.0},
+    "val_fraction": {"val_data_dir": ""},
+}
 
 
 def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
     """The settings that a command line asks for, completed and checked.
 
-    Defaults come, the later winning, from `TrainConfig`, `--demo`, `--config`, and the run that
-    `--resume_ckpt` goes on in. What is typed wins over all of them.
+    Defaults come, the later winning, from `TrainConfig`, `--demo`, `--config`, and from what
+    `--resume_ckpt` names: the settings of a run to go on in, the model of a weights file. What is
+    typed wins over all of them.
 
     Args:
         argv: the arguments without the program's name; None takes those of the process.
@@ -28,97 +35,158 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
         SystemExit: after `--help`, or with one line about the first mistake.
     """
     parser = build_parser()
-    typed = parser.parse_args(argv)
+    typed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_unknown_flag(unknown[0]))
     try:
-        if typed.demo:
-            parser.set_defaults(**DEMO_SETTINGS)
-        if typed.config:
-            parser.set_defaults(**saved_settings(typed.config))
-        typed = parser.parse_args(argv)
-        run_dir = interpret_resume(typed.resume_ckpt, typed.checkpoints_dir).run_dir
-        if run_dir and (run_dir / ARGS_NAME).exists():
-            parser.set_defaults(**saved_settings(run_dir))
-            typed = parser.parse_args(argv)
-        config = complete(TrainConfig(**vars(typed)))
+        config = complete(TrainConfig(**_with_defaults(vars(typed))))
         check(config)
     except ValueError as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     return config
 
 
-def saved_settings(path: str | Path) -> dict[str, Any]:
+def _with_defaults(typed: dict[str, Any]) -> dict[str, Any]:
+    """What is typed, over everything that it names as defaults."""
+    defaults = DEMO_SETTINGS if typed.get("demo") else {}
+    if typed.get("config"):
+        defaults = _merge(defaults, _saved_settings("config", typed["config"]))
+    settings = _merge(defaults, typed)
+    start = interpret_resume(
+        typed.get("resume_ckpt", ""), settings.get("checkpoints_dir", TrainConfig.checkpoints_dir)
+    )
+    if start.run_dir and (start.run_dir / ARGS_NAME).exists():
+        return _merge(defaults, _saved_settings("resume_ckpt", start.run_dir), typed)
+    if start.weights and "model_preset" not in typed:
+        _, options = described_model(start.weights)
+        return _merge(defaults, {"model_options": options}, typed)
+    return settings
+
+
+def _saved_settings(flag: str, path: str | Path) -> dict[str, Any]:
     """The settings of an earlier run, less those that belong to one start alone.
 
     Args:
+        flag: the one that named the path, for messages.
         path: an args.json or the folder of a run.
 
     Raises:
-        ValueError: it cannot be read, or holds names that are no settings.
+        ConfigError: it cannot be read, or holds other names or types than those of the settings.
     """
-    settings = read_args(path)
-    unknown = settings.keys() - {field.name for field in FIELDS}
-    if unknown:
-        raise ConfigError(f"{path} holds no settings known here: {', '.join(sorted(unknown))}")
-    # use_fp16 is recorded as the precision, which a flag can then change
-    return {name: value for name, value in settings.items() if name not in ONCE | {"use_fp16"}}
+    try:
+        saved = read_args(path)
+    except ValueError as error:
+        raise ConfigError(f"--{flag}: {error}") from None
+    if unknown := saved.keys() - FIELDS.keys():
+        raise ConfigError(f"--{flag}: {path} holds unknown settings: {', '.join(sorted(unknown))}")
+    for name, value in saved.items():
+        types = types_of(name)
+        if type(value) not in types and not (float in types and type(value) is int):
+            raise ConfigError(
+                f"--{flag}: in {path} {name} is {value!r}, which should be of type "
+                f"{types[0].__name__}"
+            )
+    return {name: value for name, value in saved.items() if not FIELDS[name].metadata["once"]}
+
+
+def _merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings from several sources, the later ones winning; of the model options, each by itself.
+
+    Raises:
+        ConfigError: a source has `use_fp16` and another precision.
+    """
+    settings: dict[str, Any] = {"model_options": {}}
+    for layer in layers:
+        options = settings["model_options"] | layer.get("model_options", {})
+        for name in layer:
+            settings |= _INSTEAD.get(name, {})
+        settings |= _as_precision(layer) | {"model_options": options}
+    return settings
+
+
+def _as_precision(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with `use_fp16`, if it is there, as the precision that it stands for."""
+    settings = dict(settings)
+    use_fp16 = settings.pop("use_fp16", None)
+    if use_fp16 is None:
+        return settings
+    precision = settings.setdefault("precision", "fp16" if use_fp16 else "fp32")
+    if use_fp16 and precision != "fp16":
+        raise ConfigError(
+            f"--use_fp16 means --precision fp16, but --precision is {precision}: give one of them"
+        )
+    return settings
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Leave with one line, without the usage, which would fill the screen."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of every flag, grouped by topic, each showing its default."""
-    parser = argparse.ArgumentParser(
+    """The parser of every flag, grouped by topic, each showing its default.
+
+    What it returns has only the flags that are given.
+    """
+    parser = _Parser(
         prog="train_glide.py",
+        usage="train_glide.py [--demo | --data_dir DIR] [flags]",
         description="Fine-tune GLIDE on your own pictures and captions.",
         epilog="Switches may be given a value: --train_upsample False.",
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for field in FIELDS:
+    for field in FIELDS.values():
         title = field.metadata["group"]
-        group = groups.setdefault(title, parser.add_argument_group(title))
-        _add_flag(group, field)
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_flag(groups[title], field)
     return parser
 
 
 def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     name, short, extra = f"--{field.name}", field.metadata["short"], field.metadata["extra"]
     spellings = (name, short) if short and short != name else (name,)
-    text = field.metadata["help"].replace("%", "%%")
-    if field.default_factory is not dataclasses.MISSING:
-        group.add_argument(*spellings, action=_Merge, default={}, help=text, **extra)
-        return
-    if "default:" not in text and field.default not in ("", False):
-        text += " (default: %(default)s)"
-    if isinstance(field.default, bool):
+    text = field.metadata["help"]
+    if "default:" not in text and field.default not in ("", False, dataclasses.MISSING):
+        text += f" (default: {field.default})"
+    text = text.replace("%", "%%")
+    kind = types_of(field.name)[0]
+    if kind is dict:
+        group.add_argument(*spellings, action=_Collect, help=text, **extra)
+    elif kind is bool:
         group.add_argument(
-            *spellings, nargs="?", const=True, type=_switch, metavar="True", help=text,
-            default=field.default,
-        )  # fmt: skip
+            *spellings, nargs="?", const=True, type=_switch, metavar="True|False", help=text
+        )
         if field.default:
             group.add_argument(
-                f"--no-{field.name}", dest=field.name, action="store_false",
-                default=argparse.SUPPRESS, help=argparse.SUPPRESS,
-            )  # fmt: skip
-        return
-    keywords = {"type": type(field.default), "help": text, "default": field.default, **extra}
-    group.add_argument(*spellings, **keywords)
+                f"--no-{field.name}", dest=field.name, action="store_false", help=argparse.SUPPRESS
+            )
+    else:
+        group.add_argument(*spellings, type=kind, help=text, **extra)
 
 
 def _switch(text: str) -> bool:
     """True or False from what people type for them."""
-    value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(
-        text.lower()
-    )
-    if value is None:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return value
+    return words[text.lower()]
 
 
-class _Merge(argparse.Action):
-    """Collects KEY=VALUE pairs into one dictionary, over what the defaults already hold."""
+class _Collect(argparse.Action):
+    """Collects KEY=VALUE pairs into one dictionary."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         try:
             pairs = dict(map(parse_model_option, values))
         except ValueError as error:
             raise argparse.ArgumentError(self, str(error)) from None
-        setattr(namespace, self.dest, {**getattr(namespace, self.dest), **pairs})
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), **pairs})
+
+
+def _unknown_flag(text: str) -> str:
+    near = difflib.get_close_matches(text.split("=")[0], [f"--{name}" for name in FIELDS], n=1)
+    return f"there is no flag {text}" + (f"; did you mean {near[0]}?" if near else "")

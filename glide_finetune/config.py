@@ -1,20 +1,18 @@
-"""The settings of a training run: one typed object and every check of it.
+"""The settings of a training run, as one typed object.
 
-Nothing here imports torch, so that `--help` and mistakes answer at once. The command line is made
-from the fields below by `glide_finetune.arguments`.
+Nothing here imports torch, so that `--help` and mistakes answer at once. `glide_finetune.arguments`
+makes the command line from the fields below, `glide_finetune.config_checks` checks their values.
 """
 
 import dataclasses
-import math
-import re
+import os
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glide_finetune.folder_index import check_folder
 from glide_finetune.model_options import MODEL_PRESETS, training_options
-from glide_finetune.shards import expand_shards
-from glide_text2im.defaults import downsampling_factor
 
 DATASET_NAMES = ("laion", "alamy", "generic")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -53,7 +51,7 @@ class TrainConfig:
         help="folder of images with captions beside them, or of tar shards")
     use_captions: bool = flag(True, "-txt", group=DATA,
         help="train on the captions; --no-use_captions uses all images and empty captions")
-    uncond_p: float | None = flag(None, "-p", group=DATA, type=float, metavar="P",
+    uncond_p: float | None = flag(None, "-p", group=DATA, metavar="P",
         help="chance of replacing a caption by the empty one, 0 to 1 "
              "(default: 0.2; 0.0 with --train_upsample)")
     side_x: int = flag(64, "-x", group=DATA, metavar="PIXELS",
@@ -62,7 +60,7 @@ class TrainConfig:
     resize_ratio: float = flag(0.8, "-crop", group=DATA, metavar="R",
         help="smallest random crop, as a share of the area of the largest crop of that shape")
     random_hflip: bool = flag(False, group=DATA, help="mirror every other image at random")
-    num_workers: int | None = flag(None, group=DATA, type=int, metavar="N",
+    num_workers: int | None = flag(None, group=DATA, metavar="N",
         help="processes that load data (default: one less than the cores, 8 at most)")
     use_webdataset: bool = flag(False, "-wds", group=DATA,
         help="read --data_dir as WebDataset tar shards")
@@ -169,160 +167,75 @@ class TrainConfig:
         return training_options(self.model_type, self.model_preset, self.model_options)
 
     @property
+    def scale(self) -> int:
+        """How many times larger than the base image the images are that the model draws."""
+        return self.upscale_factor if self.train_upsample else 1
+
+    @property
     def image_width(self) -> int:
         """Width in pixels of the images the model draws."""
-        return self.side_x * (self.upscale_factor if self.train_upsample else 1)
+        return self.side_x * self.scale
 
     @property
     def image_height(self) -> int:
         """Height in pixels of the images the model draws."""
-        return self.side_y * (self.upscale_factor if self.train_upsample else 1)
+        return self.side_y * self.scale
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, the content of args.json."""
         return dataclasses.asdict(self)
 
 
+FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+
+
+def types_of(name: str) -> tuple[type, ...]:
+    """The types that the value of a setting can have, the main one first."""
+    hint = FIELDS[name].type
+    if isinstance(hint, types.UnionType):
+        return typing.get_args(hint)
+    return (typing.get_origin(hint) or hint,)
+
+
 def complete(config: TrainConfig) -> TrainConfig:
-    """`config` with the defaults filled in that depend on other settings."""
-    if config.use_fp16 and config.precision == "bf16":
-        raise ConfigError("--use_fp16 means --precision fp16, but --precision is bf16: give one")
+    """`config` with the defaults filled in that depend on other settings or on the machine."""
     precision = "fp16" if config.use_fp16 else config.precision
-    uncond_p = config.uncond_p
+    uncond_p, num_workers = config.uncond_p, config.num_workers
     if uncond_p is None:
         uncond_p = 0.0 if config.train_upsample else 0.2
+    if num_workers is None:
+        num_workers = default_workers()
     return dataclasses.replace(
-        config, precision=precision, use_fp16=precision == "fp16", uncond_p=uncond_p
+        config,
+        precision=precision,
+        use_fp16=precision == "fp16",
+        uncond_p=uncond_p,
+        num_workers=num_workers,
     )
 
 
-def check(config: TrainConfig) -> None:
-    """Hold every setting against its range, the others and the files it names.
-
-    Raises:
-        ConfigError: about the first setting that cannot work.
-    """
-    _check_ranges(config)
-    _check_combinations(config)
-    _check_sizes(config)
-    _check_files(config)
-
-
-# name: (lowest, highest); what is open at an end says so by a number just inside
-_AT_LEAST_ONE = (1, math.inf)
-_NOT_NEGATIVE = (0, math.inf)
-_SHARE = (0.0, 1.0)
-RANGES: dict[str, tuple[float, float]] = {
-    "batch_size": _AT_LEAST_ONE,
-    "gradient_accumulation_steps": _AT_LEAST_ONE,
-    "epochs": _AT_LEAST_ONE,
-    "test_batch_size": _AT_LEAST_ONE,
-    "side_x": _AT_LEAST_ONE,
-    "side_y": _AT_LEAST_ONE,
-    "upscale_factor": _AT_LEAST_ONE,
-    "save_checkpoint_interval": _AT_LEAST_ONE,
-    "eval_interval": _AT_LEAST_ONE,
-    "max_steps": _NOT_NEGATIVE,
-    "warmup_steps": _NOT_NEGATIVE,
-    "keep_checkpoints": _NOT_NEGATIVE,
-    "log_frequency": _NOT_NEGATIVE,
-    "num_workers": _NOT_NEGATIVE,
-    "learning_rate": _NOT_NEGATIVE,
-    "adam_weight_decay": _NOT_NEGATIVE,
-    "max_grad_norm": _NOT_NEGATIVE,
-    "vlb_weight": _NOT_NEGATIVE,
-    "test_guidance_scale": _NOT_NEGATIVE,
-    "seed": _NOT_NEGATIVE,
-    "uncond_p": _SHARE,
-    "resize_ratio": (1e-3, 1.0),
-    "ema_rate": (0.0, 1.0 - 1e-9),
-    "val_fraction": (0.0, 0.9),
-}
-
-
-def _check_ranges(config: TrainConfig) -> None:
-    for name, (low, high) in RANGES.items():
-        value = getattr(config, name)
-        if value is None:
-            continue
-        if not low <= value <= high or value == math.inf:
-            asked = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-            raise ConfigError(f"--{name} is {value}; give a number {asked}")
-
-
-def _check_combinations(config: TrainConfig) -> None:
-    if config.freeze_transformer and config.freeze_diffusion:
-        raise ConfigError(
-            "--freeze_transformer and --freeze_diffusion together leave nothing to train: drop one"
-        )
-    if config.val_data_dir and config.val_fraction:
-        raise ConfigError("--val_data_dir and --val_fraction are two ways to validate: give one")
-    if config.val_fraction and config.use_webdataset:
-        raise ConfigError(
-            "--val_fraction needs a folder of images; with --use_webdataset give --val_data_dir"
-        )
-    if config.image_to_upsample and not config.train_upsample:
-        raise ConfigError("--image_to_upsample is for the upsampler: add --train_upsample")
-    if config.lr_schedule == "cosine" and config.use_webdataset and not config.max_steps:
-        raise ConfigError(
-            "--lr_schedule cosine needs its last step, which shards do not tell: add --max_steps"
-        )
-    if config.weights_only and not config.resume_ckpt.endswith(".pt"):
-        raise ConfigError("--weights_only goes with --resume_ckpt FILE.pt")
-    if config.model_preset != "glide" and config.init == "pretrained" and not config.resume_ckpt:
-        raise ConfigError(
-            f"there are no released weights for --model_preset {config.model_preset}: "
-            "add --init scratch, or --resume_ckpt with weights of that size"
-        )
-    if config.device and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", config.device):
-        raise ConfigError(f"--device {config.device!r} is unknown; give cpu, cuda, cuda:N or mps")
-
-
-def _check_sizes(config: TrainConfig) -> None:
-    try:
-        factor = downsampling_factor(config.options["image_size"], config.options["channel_mult"])
-    except (AssertionError, ValueError) as error:
-        raise ConfigError(f"--model_options: {error}") from None
-    for name, side in (("side_x", config.image_width), ("side_y", config.image_height)):
-        if side % factor:
-            base_step = factor // math.gcd(factor, side // getattr(config, name))
-            lower = getattr(config, name) // base_step * base_step
-            near = f"{lower} or {lower + base_step}" if lower else f"{base_step}"
-            raise ConfigError(
-                f"--{name} {getattr(config, name)} cannot be halved often enough for this model: "
-                f"give a multiple of {base_step}, such as {near}"
-            )
-
-
-def _check_files(config: TrainConfig) -> None:
-    for name in ("prompt_file", "image_to_upsample"):
-        path = getattr(config, name)
-        if path and not Path(path).is_file():
-            raise ConfigError(f"--{name}: there is no file {path}")
-    if config.prompt_file and not read_prompts(config):
-        raise ConfigError(f"--prompt_file: {config.prompt_file} holds no prompt")
-    for name in ("data_dir", "val_data_dir"):
-        if getattr(config, name) and not config.demo:
-            _check_data(config, name)
-
-
-def _check_data(config: TrainConfig, name: str) -> None:
-    path = getattr(config, name)
-    try:
-        if config.use_webdataset:
-            expand_shards(path)
-        else:
-            check_folder(path, config.use_captions)
-    except ValueError as error:
-        raise ConfigError(f"--{name}: {error}") from None
+def default_workers() -> int:
+    """Processes that load data: one less than the cores, as training needs one too; 8 at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, max(1, (cores or 1) - 1))
 
 
 def read_prompts(config: TrainConfig) -> list[str]:
-    """The captions of the samples: the lines of --prompt_file, or else --test_prompt."""
+    """The captions of the samples: the lines of --prompt_file, or else --test_prompt.
+
+    Raises:
+        ConfigError: the file cannot be read or holds none.
+    """
     if not config.prompt_file:
         return [config.test_prompt]
+    path = Path(config.prompt_file).expanduser()
     try:
-        lines = Path(config.prompt_file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompt_file: cannot read {config.prompt_file}: {error}") from None
-    return [line.strip() for line in lines if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise ConfigError(f"--prompt_file: cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--prompt_file: {path} is not text in UTF-8") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(f"--prompt_file: {path} holds no prompt, write one a line")
+    return prompts

@@ -3,14 +3,24 @@
 Nothing here imports torch.
 """
 
+import contextlib
+import re
+from pathlib import Path
 from typing import Any
 
+from glide_finetune.atomic_files import read_json
 from glide_text2im.defaults import (
+    channel_multipliers,
     model_and_diffusion_defaults,
     model_and_diffusion_defaults_upsampler,
 )
 
 MODEL_TYPES = ("base", "upsample", "base-inpaint", "upsample-inpaint")
+NOISE_SCHEDULES = ("squaredcos_cap_v2", "linear")
+NORM_GROUPS = 32  # of the UNet's group normalisation, which divide all its channels
+
+# How to compute, as opposed to what the network is.
+_OF_COMPUTING = ("use_fp16", "cache_text_emb")
 
 # What each preset changes of the released options, for the base model and for the upsampler.
 MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -78,19 +88,108 @@ def training_options(model_type: str, preset: str, changes: dict[str, Any]) -> d
     return {**released_options(model_type), **size, **changes}
 
 
+def described_model(weights: Path) -> tuple[str, dict[str, Any]]:
+    """The kind of model and its options from the JSON beside a checkpoint's weights.
+
+    Those options are left out that say how to compute rather than what the network is. ("", {})
+    where there is no such JSON.
+    """
+    try:
+        description = read_json(weights.with_name(weights.stem.removesuffix("-ema") + ".json"))
+        kind, options = description["kind"], dict(description["model_options"])
+    except (ValueError, LookupError, TypeError):
+        return "", {}
+    return kind, {key: value for key, value in options.items() if key not in _OF_COMPUTING}
+
+
 def parse_model_option(text: str) -> tuple[str, Any]:
     """One KEY=VALUE of --model_options, the value in the type of the key's default.
 
     Raises:
         ValueError: no "=", an unknown key, or a value of another type.
     """
-    defaults = model_and_diffusion_defaults()
     key, separator, value = text.partition("=")
-    if not separator or key not in defaults:
-        raise ValueError(f"{text!r} is not KEY=VALUE with a KEY of {', '.join(sorted(defaults))}")
+    if not separator:
+        raise ValueError(f"{text!r} is not KEY=VALUE")
+    kind = type(model_and_diffusion_defaults().get(key))
+    parsed: Any = value
+    with contextlib.suppress(ValueError):
+        if kind is bool:
+            parsed = {"true": True, "false": False}.get(value.lower(), value)
+        elif kind in (int, float):
+            parsed = kind(value)
+    check_option(key, parsed)
+    return key, parsed
+
+
+def check_option(key: str, value: Any) -> None:
+    """Hold one option against the known keys and the type of the key's default.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    defaults = model_and_diffusion_defaults()
+    if key not in defaults:
+        raise ValueError(f"there is no model option {key!r}; the options are {', '.join(defaults)}")
     kind = type(defaults[key])
-    if kind is bool:
-        if value.lower() not in ("true", "false"):
-            raise ValueError(f"{key} is True or False, not {value!r}")
-        return key, value.lower() == "true"
-    return key, kind(value)
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+        raise ValueError(f"the model option {key} is {value!r}; give {wanted[kind]}")
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Hold all options of a model against what can be built.
+
+    Raises:
+        ValueError: about the first that cannot work.
+    """
+    for key in ("image_size", "num_channels", "num_res_blocks", "diffusion_steps", "text_ctx"):
+        if options[key] < 1:
+            raise ValueError(f"{key} is {options[key]}; give a number of at least 1")
+    if not 0 <= options["dropout"] < 1:
+        raise ValueError(f"dropout is {options['dropout']}; give a number of at least 0, below 1")
+    if options["noise_schedule"] not in NOISE_SCHEDULES:
+        known = " or ".join(NOISE_SCHEDULES)
+        raise ValueError(f"noise_schedule is {options['noise_schedule']!r}; give {known}")
+    _check_text(options)
+    _check_unet(options)
+
+
+def _check_text(options: dict[str, Any]) -> None:
+    width, heads, layers = (options[f"xf_{name}"] for name in ("width", "heads", "layers"))
+    if width < 1 or layers < 0 or heads < 1 or width % heads:
+        raise ValueError(
+            f"xf_width is {width}, xf_layers {layers}, xf_heads {heads}; give a width that is a "
+            "multiple of the heads"
+        )
+
+
+def _check_unet(options: dict[str, Any]) -> None:
+    if options["num_channels"] % NORM_GROUPS:
+        raise ValueError(
+            f"num_channels is {options['num_channels']}; give a multiple of {NORM_GROUPS}"
+        )
+    try:
+        multipliers = channel_multipliers(options["image_size"], options["channel_mult"])
+    except AssertionError as error:
+        raise ValueError(str(error)) from None
+    sizes = options["attention_resolutions"]
+    if not re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", sizes):
+        raise ValueError(f"attention_resolutions is {sizes!r}; give image sizes, such as 32,16,8")
+    rates = {options["image_size"] // int(size) for size in sizes.split(",")}
+    with_attention = [m for level, m in enumerate(multipliers) if 2**level in rates]
+    for multiplier in [*with_attention, multipliers[-1]]:  # the last level always has some
+        channels = multiplier * options["num_channels"]
+        for key in _head_options(options):
+            if options[key] < 1 or channels % options[key]:
+                raise ValueError(
+                    f"{key} is {options[key]}, which does not divide the {channels} channels of an "
+                    "attention layer; give one that does"
+                )
+
+
+def _head_options(options: dict[str, Any]) -> list[str]:
+    """The options that decide about the heads of the UNet's attention."""
+    if options["num_head_channels"] != -1:
+        return ["num_head_channels"]
+    return ["num_heads"] + ["num_heads_upsample"] * (options["num_heads_upsample"] != -1)

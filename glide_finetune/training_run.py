@@ -3,19 +3,24 @@
 import contextlib
 import logging
 import os
+import shlex
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from glide_finetune import demo
+from glide_finetune.atomic_files import remove_temporary
 from glide_finetune.checkpoints import CheckpointFiles, files_beside, newest_checkpoint
-from glide_finetune.config import TrainConfig
+from glide_finetune.config import FIELDS, TrainConfig
 from glide_finetune.glide_util import load_model, read_image
 from glide_finetune.metrics import MetricsLog
 from glide_finetune.optimization import make_optimizer
-from glide_finetune.runs import Start, create_run, interpret_resume, write_args
+from glide_finetune.runs import ARGS_NAME, create_run, interpret_resume, read_args, write_args
 from glide_finetune.samples import SampleDrawer
 from glide_finetune.trainer import Trainer
 from glide_finetune.training_data import TrainingData, make_training_data
@@ -24,12 +29,25 @@ from glide_finetune.validation import Validator
 logger = logging.getLogger(__name__)
 
 
-def run(config: TrainConfig) -> Path:
-    """Train as `config` says; returns the folder of the run.
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its folder, and the signal that stopped it early, if one did."""
+
+    run_folder: Path
+    stopped_by: signal.Signals | None = None
+
+    @property
+    def exit_status(self) -> int:
+        """0 for a run that is complete, or else what shells make of that signal."""
+        return 128 + self.stopped_by if self.stopped_by else 0
+
+
+def run(config: TrainConfig) -> Outcome:
+    """Train as `config` says.
 
     Raises:
-        ValueError, OSError, RuntimeError: with one line for the user, about data, weights or
-            numbers that make training impossible.
+        ValueError, OSError, DownloadError, TrainingDiverged: with one line for the user, about
+            data, weights or numbers that make training impossible.
     """
     if config.demo:
         demo.prepare(config)
@@ -37,62 +55,65 @@ def run(config: TrainConfig) -> Path:
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     torch.manual_seed(config.seed)
 
-    start = interpret_resume(config.resume_ckpt, config.checkpoints_dir)
-    checkpoint = find_checkpoint(start)
+    origin = find_origin(config)
+    checkpoint = origin.checkpoint
     model, diffusion, options = load_model(
         str(checkpoint.weights) if checkpoint else "",
-        config.use_fp16,
-        config.freeze_transformer,
-        config.freeze_diffusion,
-        config.activation_checkpointing,
-        config.model_type,
+        use_fp16=config.use_fp16,
+        freeze_transformer=config.freeze_transformer,
+        freeze_diffusion=config.freeze_diffusion,
+        activation_checkpointing=config.activation_checkpointing,
+        model_type=config.model_type,
         init=config.init,
-        model_options=model_options(config, checkpoint),
+        model_options=config.options,
         device=device,
     )
     data = make_training_data(config, options, device)
-    run_folder = start.run_dir or create_run(config.checkpoints_dir)
-    write_args(run_folder, config.to_dict())
-    going_on = checkpoint if start.run_dir else None
+    low_res = image_to_upsample(config, data)
+    validate = data.validation and Validator(data.validation, config, diffusion.num_timesteps)
+
+    # from here on something is written
+    run_folder = origin.run_dir or create_run(config.checkpoints_dir)
+    remove_temporary(run_folder)
+    recorded = config.to_dict() | origin.first
+    write_args(run_folder, recorded)
+    draw_samples = None
+    if config.log_frequency:
+        draw_samples = SampleDrawer(config, options, run_folder / "samples", low_res)
     log = MetricsLog(
         run_folder,
-        resume_step=going_on.step if going_on else None,
+        resume_step=checkpoint.step if checkpoint and origin.goes_on else None,
         project=config.project_name,
-        config=config.to_dict(),
+        config=recorded,
     )
-    trainer = Trainer(
-        model,
-        diffusion,
-        make_optimizer(model, config.learning_rate, config.adam_weight_decay),
-        config,
-        options=options,
-        device=device,
-        run_folder=run_folder,
-        log=log,
-        draw_samples=sample_drawer(config, options, run_folder, data),
-        validate=data.validation and Validator(data.validation, config, diffusion.num_timesteps),
-        trained_from=str(checkpoint.weights) if checkpoint else config.init,
-    )
-    if checkpoint and checkpoint.training_state and not config.weights_only:
-        trainer.restore(checkpoint)
-    announce(trainer, data)
-    with contextlib.closing(log), stopping_on_signals(trainer):
-        trainer.train(data.loader)
-    if trainer.stop_requested:
-        logger.info(
-            "stopped at step %d; to go on: python train_glide.py --resume_ckpt %s",
-            trainer.progress.step, run_folder,
-        )  # fmt: skip
-    else:
-        logger.info("finished at step %d; everything is in %s", trainer.progress.step, run_folder)
-    return run_folder
+    with contextlib.closing(log):
+        trainer = Trainer(
+            model,
+            diffusion,
+            make_optimizer(model, config.learning_rate, config.adam_weight_decay),
+            config,
+            options=options,
+            device=device,
+            run_folder=run_folder,
+            log=log,
+            draw_samples=draw_samples,
+            validate=validate,
+            trained_from=origin.first["resume_ckpt"] or config.init,
+        )
+        if checkpoint and checkpoint.training_state and not origin.weights_only:
+            trainer.restore(checkpoint)
+        announce(trainer, data)
+        warn_of_changes(origin.settings, recorded)
+        with logging_redirect_tqdm(), stopping_on_signals(trainer) as received:
+            trainer.train(data.loader)
+    return report_end(trainer, received)
 
 
 def pick_device(name: str) -> torch.device:
     """The device called `name`, or for "" the best there is.
 
     Raises:
-        ValueError: CUDA is asked for and not there.
+        ValueError: it is not there.
     """
     if not name:
         if torch.cuda.is_available():
@@ -105,43 +126,58 @@ def pick_device(name: str) -> torch.device:
             f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; "
             "give another one or leave the flag out"
         )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: it is not available here; give another one")
     return device
 
 
-def find_checkpoint(start: Start) -> CheckpointFiles | None:
-    """What a run starts from: the newest whole checkpoint of the run it goes on in, or a file."""
-    if start.run_dir:
-        return newest_checkpoint(start.run_dir)
-    return files_beside(start.weights) if start.weights else None
+@dataclass(frozen=True)
+class Origin:
+    """What a training process goes on from.
 
-
-def model_options(config: TrainConfig, checkpoint: CheckpointFiles | None) -> dict:
-    """The options to build the model with: those a checkpoint was trained with, if it tells.
-
-    Raises:
-        ValueError: the checkpoint is of another kind of model.
+    run_dir: the run to go on in; None makes a new one.
+    checkpoint: where weights, and perhaps the training state, come from; None follows `init`.
+    goes_on: whether `checkpoint` is one of that run's own.
+    first: the settings `resume_ckpt` and `weights_only` that the run began with, which it needs
+        again if it stops before its first checkpoint.
+    settings: those that the run was last started with; empty for a new one.
     """
-    if not checkpoint or not checkpoint.description:
-        return config.options
-    kind = checkpoint.description["kind"]
-    if kind != config.model_type:
-        raise ValueError(
-            f"{checkpoint.weights} is a model of kind {kind}, but {config.model_type} is to be "
-            f"trained: {'add' if kind == 'upsample' else 'leave out'} --train_upsample"
-        )
-    return {**checkpoint.description["model_options"], **config.model_options}
+
+    run_dir: Path | None = None
+    checkpoint: CheckpointFiles | None = None
+    goes_on: bool = False
+    first: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights_only(self) -> bool:
+        return self.first["weights_only"] and not self.goes_on
 
 
-def sample_drawer(
-    config: TrainConfig, options: dict, run_folder: Path, data: TrainingData
-) -> SampleDrawer | None:
-    """What draws the samples of the run; None if there shall be none."""
-    if not config.log_frequency:
-        return None
-    low_res = data.low_res
-    if config.image_to_upsample:
-        low_res = read_image(config.image_to_upsample, (config.side_x, config.side_y))
-    return SampleDrawer(config, options, run_folder / "samples", low_res)
+def find_origin(config: TrainConfig) -> Origin:
+    """What `--resume_ckpt` means at this moment; of a run the newest whole checkpoint."""
+    start = interpret_resume(config.resume_ckpt, config.checkpoints_dir)
+    settings: dict[str, Any] = {}
+    first = {"resume_ckpt": "", "weights_only": config.weights_only}
+    if start.weights:
+        first["resume_ckpt"] = str(start.weights.resolve())
+    if start.run_dir and (start.run_dir / ARGS_NAME).exists():
+        settings = read_args(start.run_dir)
+        first = {name: settings.get(name, value) for name, value in first.items()}
+    if start.run_dir and (own := newest_checkpoint(start.run_dir)):
+        return Origin(start.run_dir, own, True, first, settings)
+    given = files_beside(Path(first["resume_ckpt"])) if first["resume_ckpt"] else None
+    return Origin(start.run_dir, given, False, first, settings)
+
+
+def image_to_upsample(config: TrainConfig, data: TrainingData) -> torch.Tensor | None:
+    """What an upsampler's samples are made from: the image that is asked for, or held-back data."""
+    if not config.image_to_upsample:
+        return data.low_res
+    try:
+        return read_image(config.image_to_upsample, (config.side_x, config.side_y))
+    except ValueError as error:
+        raise ValueError(f"--image_to_upsample: {config.image_to_upsample}: {error}") from None
 
 
 def announce(trainer: Trainer, data: TrainingData) -> None:
@@ -157,12 +193,41 @@ def announce(trainer: Trainer, data: TrainingData) -> None:
     logger.info("run: %s, from step %d", trainer.run_folder, trainer.progress.step)
 
 
-@contextlib.contextmanager
-def stopping_on_signals(trainer: Trainer) -> Iterator[None]:
-    """While open, SIGINT, SIGTERM and SIGUSR1 end training after the current step; a second
-    Ctrl-C ends it at once."""
+def warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Name the settings of a run that are not those of its last start, if there was one."""
+    changes = [
+        f"{name} {before[name]} -> {now[name]}"
+        for name, field_ in FIELDS.items()
+        if name in before and before[name] != now[name] and not field_.metadata["once"]
+    ]
+    if changes:
+        logger.warning("this run was started with other settings: %s", ", ".join(changes))
 
-    def stop(number: int, frame) -> None:
+
+def report_end(trainer: Trainer, received: list[signal.Signals]) -> Outcome:
+    """Say how training ended and what to do next."""
+    step, run_folder = trainer.progress.step, trainer.run_folder
+    if not received:
+        logger.info("finished at step %d; everything is in %s", step, run_folder)
+        return Outcome(run_folder)
+    logger.info(
+        "stopped by %s, saved at step %d; to go on: python train_glide.py --resume_ckpt %s",
+        received[0].name, step, shlex.quote(str(run_folder)),
+    )  # fmt: skip
+    return Outcome(run_folder, received[0])
+
+
+@contextlib.contextmanager
+def stopping_on_signals(trainer: Trainer) -> Iterator[list[signal.Signals]]:
+    """While open, SIGINT, SIGTERM and SIGUSR1 end training after the current step; a second
+    Ctrl-C ends it at once. Gives the list of the signals received."""
+    received: list[signal.Signals] = []
+    owner = os.getpid()
+
+    def stop(number: int, frame: object) -> None:
+        if os.getpid() != owner:  # a data worker, which ends with the main process
+            return
+        received.append(signal.Signals(number))
         trainer.stop_requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         # the loop may be in the middle of a print, so no logging here
@@ -173,7 +238,7 @@ def stopping_on_signals(trainer: Trainer) -> Iterator[None]:
         names.append(signal.SIGUSR1)
     before = {name: signal.signal(name, stop) for name in names}
     try:
-        yield
+        yield received
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)

@@ -1,0 +1,216 @@
+"""Every check of a run's settings, made before torch is imported or anything is downloaded."""
+
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from glide_finetune.config import FIELDS, ConfigError, TrainConfig, read_prompts
+from glide_finetune.demo import DEMO_SETTINGS
+from glide_finetune.folder_index import check_folder
+from glide_finetune.model_options import (
+    check_option,
+    check_options,
+    described_model,
+    released_options,
+)
+from glide_finetune.runs import Start, interpret_resume
+from glide_finetune.shards import SHARD_SUFFIXES, expand_shards
+from glide_text2im.defaults import downsampling_factor
+
+
+def check(config: TrainConfig) -> None:
+    """Hold every setting against its range, the others and the files it names.
+
+    Args:
+        config: with its defaults filled in by `complete`.
+
+    Raises:
+        ValueError: with one line about the first setting that cannot work.
+    """
+    start = interpret_resume(config.resume_ckpt, config.checkpoints_dir)
+    _check_choices(config)
+    _check_ranges(config)
+    _check_combinations(config, start)
+    _check_model(config)
+    _check_start(config, start)
+    _check_sides(config)
+    _check_files(config)
+
+
+def _check_choices(config: TrainConfig) -> None:
+    for name, field in FIELDS.items():
+        choices = field.metadata["extra"].get("choices")
+        if choices and getattr(config, name) not in choices:
+            known = ", ".join(choices)
+            raise ConfigError(f"--{name} is {getattr(config, name)!r}; give one of {known}")
+
+
+class Range(NamedTuple):
+    """What a number may be, both ends included, and how to say so."""
+
+    low: float
+    high: float
+    words: str
+
+
+_MOST = sys.float_info.max  # leaves out infinity
+_LEAST = sys.float_info.min
+_FROM_ONE = Range(1, _MOST, "a number of at least 1")
+_FROM_ZERO = Range(0, _MOST, "a number of at least 0")
+RANGES: dict[str, Range] = {
+    "batch_size": _FROM_ONE,
+    "gradient_accumulation_steps": _FROM_ONE,
+    "epochs": _FROM_ONE,
+    "test_batch_size": _FROM_ONE,
+    "side_x": _FROM_ONE,
+    "side_y": _FROM_ONE,
+    "upscale_factor": _FROM_ONE,
+    "save_checkpoint_interval": _FROM_ONE,
+    "eval_interval": _FROM_ONE,
+    "max_steps": _FROM_ZERO,
+    "warmup_steps": _FROM_ZERO,
+    "keep_checkpoints": _FROM_ZERO,
+    "log_frequency": _FROM_ZERO,
+    "num_workers": _FROM_ZERO,
+    "adam_weight_decay": _FROM_ZERO,
+    "max_grad_norm": _FROM_ZERO,
+    "vlb_weight": _FROM_ZERO,
+    "test_guidance_scale": _FROM_ZERO,
+    "learning_rate": Range(_LEAST, _MOST, "a number above 0"),
+    "seed": Range(0, 2**63 - 1, "a number from 0 to 2^63 - 1"),
+    "uncond_p": Range(0, 1, "a number from 0 to 1"),
+    "resize_ratio": Range(_LEAST, 1, "a number above 0, 1 at most"),
+    "ema_rate": Range(0, 1 - sys.float_info.epsilon, "a number of at least 0, below 1"),
+    "val_fraction": Range(0, 0.9, "a number from 0 to 0.9"),
+}
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for name, allowed in RANGES.items():
+        value = getattr(config, name)
+        if not allowed.low <= value <= allowed.high:  # which NaN is not either
+            raise ConfigError(f"--{name} is {value}; give {allowed.words}")
+
+
+def _check_combinations(config: TrainConfig, start: Start) -> None:
+    if config.freeze_transformer and config.freeze_diffusion:
+        raise ConfigError(
+            "--freeze_transformer and --freeze_diffusion together leave nothing to train: drop one"
+        )
+    if config.val_data_dir and config.val_fraction:
+        raise ConfigError("--val_data_dir and --val_fraction are two ways to validate: give one")
+    if config.val_fraction and config.use_webdataset:
+        raise ConfigError(
+            "--val_fraction needs a folder of images; with --use_webdataset give --val_data_dir"
+        )
+    if config.image_to_upsample and not config.train_upsample:
+        raise ConfigError("--image_to_upsample is for the upsampler: add --train_upsample")
+    if config.lr_schedule == "cosine" and config.use_webdataset and not config.max_steps:
+        raise ConfigError(
+            "--lr_schedule cosine needs its last step, which shards do not tell: add --max_steps"
+        )
+    if config.weights_only and not start.weights:
+        raise ConfigError("--weights_only goes with --resume_ckpt FILE.pt")
+    if config.device and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", config.device):
+        raise ConfigError(f"--device is {config.device!r}; give cpu, cuda, cuda:N or mps")
+
+
+def _check_model(config: TrainConfig) -> None:
+    decided = {
+        "super_res": (config.train_upsample, "--train_upsample decides"),
+        "use_fp16": (config.use_fp16, "--precision decides"),
+        "inpaint": (False, "inpainting models cannot be trained"),
+        "cache_text_emb": (False, "captions change in training"),
+    }
+    try:
+        for key, value in config.model_options.items():
+            check_option(key, value)
+            if key in decided and value != decided[key][0]:
+                raise ValueError(f"{key} cannot be {value}, since {decided[key][1]}")
+        check_options(config.options)
+    except ValueError as error:
+        raise ConfigError(f"--model_options: {error}") from None
+
+
+def _check_start(config: TrainConfig, start: Start) -> None:
+    """Whether the first weights will fit the model, as far as can be told without reading them."""
+    if start.weights:
+        kind, _ = described_model(start.weights)
+        if kind not in ("", config.model_type):
+            advice = "add" if kind == "upsample" else "leave out"
+            raise ConfigError(
+                f"--resume_ckpt: {start.weights} is a model of kind {kind}, but one of kind "
+                f"{config.model_type} is to be trained; {advice} --train_upsample"
+            )
+    elif not start.run_dir and config.init == "pretrained":
+        released = released_options(config.model_type)
+        other = [
+            key
+            for key, value in config.options.items()
+            if value != released[key] and key not in ("dropout", "use_fp16")
+        ]
+        if other:
+            asked = f"--model_options {', '.join(other)}"
+            if config.model_preset != "glide":
+                asked = f"--model_preset {config.model_preset}"
+            raise ConfigError(
+                f"{asked}: no weights are released for such a model; add --init scratch, or "
+                "--resume_ckpt with weights that fit"
+            )
+
+
+def _check_sides(config: TrainConfig) -> None:
+    factor = downsampling_factor(config.options["image_size"], config.options["channel_mult"])
+    step = factor // math.gcd(factor, config.scale)  # of the base image's sides
+    for name in ("side_x", "side_y"):
+        side = getattr(config, name)
+        if side % step:
+            below = side // step * step
+            near = f"{below} or {below + step}" if below else f"{step}"
+            raise ConfigError(
+                f"--{name} is {side}, which this model cannot take; give a multiple of {step}, "
+                f"such as {near}"
+            )
+
+
+def _check_files(config: TrainConfig) -> None:
+    made_later = DEMO_SETTINGS if config.demo else {}
+    if config.prompt_file != made_later.get("prompt_file"):
+        read_prompts(config)
+    if config.image_to_upsample and not Path(config.image_to_upsample).is_file():
+        raise ConfigError(f"--image_to_upsample: there is no file {config.image_to_upsample}")
+    for name in ("data_dir", "val_data_dir"):
+        path = getattr(config, name)
+        if path != made_later.get(name) and (path or name == "data_dir"):
+            _check_data(config, name, path)
+    _check_writable(config.checkpoints_dir)
+
+
+def _check_data(config: TrainConfig, name: str, path: str) -> None:
+    try:
+        if config.use_webdataset:
+            expand_shards(path)
+        else:
+            check_folder(path, config.use_captions)
+    except ValueError as error:
+        hint = ""
+        if not config.use_webdataset and _holds_shards(path):
+            hint = "; for the tar shards in it add --use_webdataset"
+        raise ConfigError(f"--{name}: {error}{hint}") from None
+
+
+def _holds_shards(path: str) -> bool:
+    folder = Path(path).expanduser()
+    return folder.is_dir() and any(p.name.endswith(SHARD_SUFFIXES) for p in folder.iterdir())
+
+
+def _check_writable(checkpoints_dir: str) -> None:
+    folder = Path(checkpoints_dir).expanduser().absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"--checkpoints_dir: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--checkpoints_dir: {existing} cannot be written to; give another one")
