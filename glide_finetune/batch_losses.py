@@ -1,6 +1,7 @@
 """From a batch to its losses, and from many losses to the means that are logged."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from glide_text2im.gaussian_diffusion import GaussianDiffusion
 def batch_losses(
     model: nn.Module,
     diffusion: GaussianDiffusion,
-    batch: Sequence[Tensor],
+    batch: Sequence[Any],
     device: torch.device | str,
     *,
     timesteps: Tensor | None = None,
@@ -36,11 +37,12 @@ def batch_losses(
     tokens, mask, *low_res, images = tensors
     if timesteps is None:
         timesteps = torch.randint(0, diffusion.num_timesteps, (len(images),), device=device)
+    timesteps = timesteps.to(device)
     losses = training_losses(
         model,
         diffusion,
         images,
-        timesteps.to(device),
+        timesteps,
         {"tokens": tokens, "mask": mask} | ({"low_res": low_res[0]} if low_res else {}),
         None if noise is None else noise.to(device),
         vlb_weight=vlb_weight,
@@ -54,32 +56,33 @@ class LossMeter:
 
     Args:
         num_timesteps: of the diffusion process, for the quartiles.
-        device: where the losses are.
     """
 
-    def __init__(self, num_timesteps: int, device: torch.device | str) -> None:
+    def __init__(self, num_timesteps: int) -> None:
         self.num_timesteps = num_timesteps
         self._count = 0
-        self._terms = torch.zeros(3, device=device)
-        self._quartiles = torch.zeros(2, 4, device=device)
+        self._terms: Tensor | int = 0
+        self._quartiles: Tensor | int = 0
 
     def add(self, losses: TrainingLosses, timesteps: Tensor) -> None:
-        """Take in the losses of a batch at its `timesteps`, int64 (B,)."""
-        vb = torch.zeros_like(losses.mse) if losses.vb is None else losses.vb
-        self._terms += torch.stack([losses.loss, losses.mse, vb]).detach().sum(dim=1)
-        self._quartiles += torch.stack(
-            quartile_sums(losses.mse, timesteps.to(losses.mse.device), self.num_timesteps)
-        )
+        """Take in the losses of a batch at its `timesteps`, int64 (B,) on their device."""
+        terms = [losses.loss, losses.mse] + ([] if losses.vb is None else [losses.vb])
         self._count += len(timesteps)
+        self._terms = self._terms + torch.stack(terms).detach().sum(dim=1)
+        self._quartiles = self._quartiles + torch.stack(
+            quartile_sums(losses.mse, timesteps, self.num_timesteps)
+        )
 
     def means(self) -> dict[str, float]:
-        """Means over all samples: loss, mse, vb in bits per dimension, and mse_q0 … mse_q3, the
-        error in each quarter of the timesteps (q0 the least noisy), where a sample fell into it.
+        """Means over all samples: loss, mse, vb in bits per dimension where it is trained, and
+        mse_q0 … mse_q3, the error in those quarters of the timesteps that occurred (q0 the least
+        noisy).
         """
-        loss, mse, vb, *quartiles = torch.cat([self._terms, self._quartiles.flatten()]).tolist()
-        means = {"loss": loss, "mse": mse, "vb": vb}
-        means = {name: total / self._count for name, total in means.items()}
-        for quarter, (total, count) in enumerate(zip(quartiles[:4], quartiles[4:], strict=True)):
+        figures = torch.cat([self._quartiles.flatten(), self._terms]).tolist()
+        totals, counts, terms = figures[:4], figures[4:8], figures[8:]
+        names = ("loss", "mse", "vb")[: len(terms)]
+        means = {name: total / self._count for name, total in zip(names, terms, strict=True)}
+        for quarter, (total, count) in enumerate(zip(totals, counts, strict=True)):
             if count:
                 means[f"mse_q{quarter}"] = total / count
         return means

@@ -9,7 +9,8 @@ from torch import nn
 
 from glide_finetune.batch_losses import batch_losses
 from glide_finetune.config import TrainConfig
-from glide_finetune.metrics import MetricsLog
+from glide_finetune.glide_util import read_image
+from glide_finetune.metrics import MetricsLog, read_metrics
 from glide_finetune.samples import SampleDrawer
 from glide_finetune.trainer import Progress, Trainer
 from glide_text2im.gaussian_diffusion import GaussianDiffusion
@@ -89,43 +90,42 @@ def run_glide_finetune_epoch(
     gradient_accumulation_steps: int | None = None,
     vlb_weight: float = 0.001,
     max_grad_norm: float = 1.0,
-    step: int = 0,
-) -> int:
-    """Train for one epoch, with samples on the way and a checkpoint at its end.
+) -> None:
+    """Train for one epoch, with sample grids on the way and a checkpoint at its end.
+
+    Steps are counted over all epochs: one after the first goes on where metrics.jsonl ends. Draws
+    follow from torch's random state at the start.
 
     Args:
         glide_model, glide_diffusion, glide_options: as `load_model` returns them.
         dataloader: gives batches as the train steps above take them.
-        optimizer: over the parameters that train; its learning rate is left as it is.
+        optimizer: over the parameters that train; its learning rates are left as they are.
         sample_bs: pictures of each sample grid; sample_gs their guidance, sample_respacing their
             timesteps, prompt their caption.
         side_x, side_y: of the base image in pixels, also for the upsampler.
         outputs_dir: where the grids go.
         checkpoints_dir: where metrics.jsonl and the checkpoint go.
-        log_frequency: steps between grids.
-        wandb_run: takes the metrics through its `log`, if given.
+        log_frequency: steps between grids, 0 for none.
+        wandb_run: takes the metrics and grids, if given: of `wandb_setup` or `wandb.init`.
         gradient_accumualation_steps: batches of an optimizer step; the right spelling works too.
-        epoch: for names and logs.
+        epoch: counted from 0, for names and logs.
         train_upsample: the batches are (tokens, mask, low_res, images).
         upsample_factor: how many times larger than side_x and side_y the upsampler's images are.
-        image_to_upsample: for the upsampler's samples; without it there are none.
+        image_to_upsample: file for the upsampler's grids; without it there are none.
         vlb_weight, max_grad_norm: as the flags of train_glide.py.
-        step: optimizer steps made before.
-
-    Returns:
-        Optimizer steps made so far, this epoch's included.
 
     Raises:
         ValueError: the dataloader is empty.
+        TrainingDiverged: the loss has not been finite for many steps.
     """
+    use_fp16 = glide_options["use_fp16"]
     config = TrainConfig(
         epochs=epoch + 1,
-        learning_rate=optimizer.param_groups[0]["lr"],
         gradient_accumulation_steps=gradient_accumulation_steps or gradient_accumualation_steps,
         vlb_weight=vlb_weight,
         max_grad_norm=max_grad_norm,
-        use_fp16=glide_options["use_fp16"],
-        precision="fp16" if glide_options["use_fp16"] else "fp32",
+        use_fp16=use_fp16,
+        precision="fp16" if use_fp16 else "fp32",
         train_upsample=train_upsample,
         upscale_factor=upsample_factor,
         side_x=side_x,
@@ -133,17 +133,21 @@ def run_glide_finetune_epoch(
         test_prompt=prompt,
         test_batch_size=sample_bs,
         test_guidance_scale=sample_gs,
-        image_to_upsample=image_to_upsample,
         log_frequency=log_frequency,
         save_checkpoint_interval=0,
+        keep_checkpoints=0,
+        seed=int(torch.randint(2**31, ())),
     )
-    draw_samples = None
-    if image_to_upsample or not train_upsample:
-        draw_samples = SampleDrawer(
-            config, glide_options, Path(outputs_dir), respacing=sample_respacing
-        )
     run_folder = Path(checkpoints_dir)
     run_folder.mkdir(parents=True, exist_ok=True)
+    lines = read_metrics(run_folder) if epoch else []
+    step = lines[-1]["step"] if lines else 0
+    low_res = read_image(image_to_upsample, (side_x, side_y)) if image_to_upsample else None
+    draw_samples = None
+    if log_frequency and not (train_upsample and low_res is None):
+        draw_samples = SampleDrawer(
+            config, glide_options, Path(outputs_dir), low_res, sample_respacing
+        )
     trainer = Trainer(
         glide_model.to(device),
         glide_diffusion,
@@ -152,10 +156,10 @@ def run_glide_finetune_epoch(
         options=glide_options,
         device=device,
         run_folder=run_folder,
-        log=MetricsLog(run_folder, wandb_run=wandb_run),
+        log=MetricsLog(run_folder, resume_step=step, wandb_run=wandb_run),
         draw_samples=draw_samples,
     )
     trainer.progress = Progress(epoch=epoch, step=step)
-    trainer.run_epoch(dataloader)
+    with trainer.progress_bar(dataloader):
+        trainer.run_epoch(dataloader)
     trainer.save()
-    return trainer.progress.step

@@ -47,15 +47,15 @@ def load_model(
         The model, its diffusion process of all timesteps, and every option it was made with.
 
     Raises:
-        ValueError: unknown model_type, both freezes, or weights that do not fit the model.
+        ValueError: unknown model_type, weights of another type or size, or nothing left to train.
         DownloadError: OpenAI's weights are neither in the cache nor to be had.
     """
     if model_options is None and glide_path:
-        model_options = files_beside(Path(glide_path)).description.get("model_options")
+        model_options = _options_beside(Path(glide_path).expanduser(), model_type)
     options = {**released_options(model_type), **(model_options or {}), "use_fp16": use_fp16}
 
     def create() -> nn.Module:
-        return create_model_and_diffusion(**{**options, "use_fp16": False})[0]
+        return create_model_and_diffusion(**options)[0]
 
     if glide_path:
         model = weights.build_and_load(create, glide_path, device)
@@ -69,6 +69,18 @@ def load_model(
         options["diffusion_steps"], options["noise_schedule"], options["timestep_respacing"]
     )
     return model, diffusion, options
+
+
+def _options_beside(glide_path: Path, model_type: str) -> dict[str, Any]:
+    """The options that a checkpoint was trained with, as far as the JSON beside it tells."""
+    description = files_beside(glide_path).description
+    kind = description.get("kind", model_type)
+    if kind != model_type:
+        raise ValueError(
+            f"{glide_path} holds a model of kind {kind}, wanted is {model_type}: give "
+            f'model_type="{kind}" or another file'
+        )
+    return description.get("model_options", {})
 
 
 def get_tokens_and_mask(
@@ -88,7 +100,7 @@ def get_uncond_tokens_mask(tokenizer, context_len: int = 128) -> tuple[torch.Ten
     return get_tokens_and_mask(tokenizer, "", context_len)
 
 
-def read_image(path: str, shape: tuple[int, int]) -> torch.Tensor:
+def read_image(path: str | Path, shape: tuple[int, int]) -> torch.Tensor:
     """An image file, cropped at its centre to the aspect of `shape` and resized to it.
 
     Args:
@@ -156,7 +168,7 @@ def sample(
     device: torch.device | str = "cpu",
     prediction_respacing: str = "100",
     upsample_enabled: bool = False,
-    image_to_upsample: str | torch.Tensor = "",
+    image_to_upsample: str | Path | torch.Tensor = "",
     upsample_temp: float = 0.997,
     *,
     upscale_factor: int = 4,
@@ -174,7 +186,7 @@ def sample(
         guidance_scale: of classifier-free guidance; 1 is none. The upsampler goes without.
         prediction_respacing: the timesteps to use, as for `space_timesteps`.
         image_to_upsample: for the upsampler, a file, or float32 (n, 3, h, w) in [-1, 1] with n
-            equal to 1 or to the number of images.
+            equal to 1 or to the number of images that come out.
         upsample_temp: the upsampler's start noise is multiplied by it.
         upscale_factor: a file is read at the output size divided by it.
 
@@ -182,7 +194,7 @@ def sample(
         float32 (captions times batch_size, 3, side_y, side_x) in [-1, 1].
 
     Raises:
-        ValueError: an upsampler without an image.
+        ValueError: an upsampler without an image, or with a wrong number of them.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     captions = [caption for caption in prompts for _ in range(batch_size)]
@@ -244,12 +256,17 @@ def _text(
 
 
 def _low_res(
-    image: str | torch.Tensor, side_x: int, side_y: int, factor: int, count: int
+    image: str | Path | torch.Tensor, side_x: int, side_y: int, factor: int, count: int
 ) -> torch.Tensor:
-    if isinstance(image, str):
+    """What the upsampler starts from, one for each of `count` images."""
+    if not torch.is_tensor(image):
         if not image:
             raise ValueError("the upsampler needs an image to upsample: give image_to_upsample")
         image = read_image(image, (side_x // factor, side_y // factor))
+    if len(image) not in (1, count):
+        raise ValueError(
+            f"image_to_upsample holds {len(image)} images for {count} to draw: give 1 or {count}"
+        )
     # the levels of an 8-bit image, which is what the upsampler was trained on
     image = ((image + 1) * 127.5).round() / 127.5 - 1
     return image.expand(count, -1, -1, -1)

@@ -1,20 +1,10 @@
 """What moves the weights: AdamW, its learning rate over time, and which parameters are frozen."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
-
-# Everything that reads the caption. The layers inside the UNet's attention blocks that look at the
-# encoded caption (encoder_kv) belong to the UNet.
-TEXT_PARTS = (
-    "transformer.",
-    "final_ln.",
-    "token_embedding.",
-    "transformer_proj.",
-    "positional_embedding",
-    "padding_embedding",
-)
 
 
 def freeze(model: nn.Module, *, transformer: bool, diffusion: bool) -> None:
@@ -22,17 +12,19 @@ def freeze(model: nn.Module, *, transformer: bool, diffusion: bool) -> None:
 
     Args:
         model: one of the GLIDE networks; `requires_grad` of all its parameters is set.
-        transformer: freeze every parameter of the text encoder.
-        diffusion: freeze every parameter of the UNet.
+        transformer: freeze every parameter of the text encoder, its `text_parameters`.
+        diffusion: freeze every other parameter, those of the UNet.
 
     Raises:
-        ValueError: both, which leaves nothing to train.
+        ValueError: nothing is left to train.
     """
-    if transformer and diffusion:
-        raise ValueError("freezing both the transformer and the diffusion leaves nothing to train")
-    for name, parameter in model.named_parameters():
-        frozen = transformer if name.startswith(TEXT_PARTS) else diffusion
-        parameter.requires_grad_(not frozen)
+    text = set(model.text_parameters())
+    for parameter in model.parameters():
+        parameter.requires_grad_(not (transformer if parameter in text else diffusion))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "freeze_transformer and freeze_diffusion leave nothing to train: drop one of them"
+        )
 
 
 def make_optimizer(
@@ -46,7 +38,31 @@ def make_optimizer(
     )
 
 
-def learning_rate_factor(step: int, schedule: str, warmup_steps: int, total_steps: int) -> float:
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take the moments from an earlier `state_dict`; learning rate and weight decay stay.
+
+    Raises:
+        ValueError: the state belongs to other parameters.
+    """
+    settings = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError:
+        raise ValueError(
+            "the training state was made with other parameters frozen: give the same "
+            "--freeze_transformer and --freeze_diffusion, or start from the .pt file with "
+            "--weights_only"
+        ) from None
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)
+
+
+def learning_rate_factor(
+    step: int, schedule: str, warmup_steps: int, total_steps: int | None
+) -> float:
     """What the learning rate is multiplied by in optimizer step `step`, counted from 0.
 
     Args:
@@ -54,7 +70,7 @@ def learning_rate_factor(step: int, schedule: str, warmup_steps: int, total_step
         schedule: constant, or cosine, which falls from 1 at the end of the warm-up to 0 after
             `total_steps`.
         warmup_steps: steps of the linear rise at the start.
-        total_steps: length of the run; unused by constant.
+        total_steps: length of the run; constant needs none.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps

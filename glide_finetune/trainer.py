@@ -26,15 +26,15 @@ from glide_finetune.ema import EMA
 from glide_finetune.fp16_util import Precision
 from glide_finetune.memory import peak_memory
 from glide_finetune.metrics import MetricsLog
-from glide_finetune.optimization import learning_rate_factor
+from glide_finetune.optimization import learning_rate_factor, restore_optimizer
 from glide_finetune.seeds import derived_seed
 from glide_finetune.weights import read_weights
 from glide_text2im.gaussian_diffusion import GaussianDiffusion
 
 logger = logging.getLogger(__name__)
 
-# Non-finite steps in a row after which a run is beyond recovery. fp16 needs some at its start to
-# find its loss scale.
+# Skipped steps in a row after which a run is beyond recovery. fp16 skips some at its start, until
+# it has found its loss scale.
 MAX_BAD_STEPS = 25
 
 
@@ -44,12 +44,19 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass
 class Progress:
-    """Where a run is. Counts are since its start, over all epochs."""
+    """Where a run is. Counts are since its start, over all epochs.
+
+    epoch: epochs that are complete. batch: batches of the current one that are used up.
+    step: optimizer steps, those included that were skipped. images: trained on.
+    skipped_steps: whose loss or gradient was not finite; skipped_in_a_row: the last of them.
+    """
 
     epoch: int = 0
-    batch: int = 0  # batches of this epoch that are used up
-    step: int = 0  # optimizer steps
+    batch: int = 0
+    step: int = 0
     images: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
 
 class Trainer:
@@ -58,15 +65,22 @@ class Trainer:
     Args:
         model: a GLIDE network on `device`, its frozen parameters without `requires_grad`.
         diffusion: the process over all timesteps.
-        optimizer: over the parameters that train.
+        optimizer: over the parameters that train. Its learning rate is that after the warm-up.
         config: the settings of the run.
         options: what the model was made with.
         device: where to compute.
         run_folder: where checkpoints go.
         log: takes the metrics.
-        draw_samples: called as draw_samples(trainer) every `log_frequency` steps.
-        validate: called as validate(trainer) every `eval_interval` steps; returns metrics.
+        draw_samples: called as draw_samples(trainer) every `log_frequency` steps and at the end.
+        validate: called as validate(trainer) every `eval_interval` steps and at the end; returns
+            metrics.
         trained_from: what the first weights were, for the checkpoint's description.
+
+    Attributes:
+        progress: where the run is.
+        ema: the average of the weights, None without `ema_rate`.
+        precision: how the model computes.
+        stop_requested: set it to have training end after the current step.
     """
 
     def __init__(
@@ -80,7 +94,7 @@ class Trainer:
         device: torch.device | str,
         run_folder: Path,
         log: MetricsLog,
-        draw_samples: Callable[["Trainer"], None] | None = None,
+        draw_samples: Callable[["Trainer"], Any] | None = None,
         validate: Callable[["Trainer"], dict[str, float]] | None = None,
         trained_from: str = "",
     ) -> None:
@@ -100,43 +114,50 @@ class Trainer:
         self.stop_requested = False
         self._draw_samples = draw_samples
         self._validate = validate
+        self._learning_rates = [group["lr"] for group in optimizer.param_groups]
         self._total_steps: int | None = None
-        self._saved_step = -1
-        self._bad_steps = 0
+        self._saved_step: int | None = None
         self._last_metrics: dict[str, float] = {}
         self._bar = tqdm(disable=True)
 
     # ---------------------------------------------------------------- the loop
     def train(self, loader: Iterable) -> None:
         """Run epochs until the last one, the last step, or a request to stop; then save."""
+        if self._reached_end():
+            logger.warning(
+                "nothing left to train: the run has made its %d steps in %d epochs; raise "
+                "--max_steps or --epochs to go on", self.progress.step, self.progress.epoch,
+            )  # fmt: skip
         with self.progress_bar(loader):
-            while self.progress.epoch < self.config.epochs and not self._finished():
+            while not (self._reached_end() or self.stop_requested):
                 self.run_epoch(loader)
         self.save()
 
     def run_epoch(self, loader: Iterable) -> None:
-        """Go through what is left of the current epoch, or until the run is finished.
+        """Go through what is left of the current epoch, or until the run is to end.
 
         Args:
-            loader: gives batches (tokens, mask, images) or (tokens, mask, low_res, high_res), and
-                after them the keys of the samples if it likes. With `set_epoch(epoch,
+            loader: gives batches as `batch_losses` takes them; the keys of the samples, last in a
+                batch, name the samples of a step that is skipped. With `set_epoch(epoch,
                 start_batch)` it starts where a resumed run left off.
 
         Raises:
             ValueError: there is no batch in the epoch.
-            TrainingDiverged: too many non-finite steps in a row.
+            TrainingDiverged: too many steps in a row had to be skipped.
         """
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.progress.epoch, start_batch=self.progress.batch)
-        self._total_steps = self.total_steps(loader)
+        self._total_steps = self._count_steps(loader)
         self.model.train()
+        started = time.perf_counter()
         for batches in groups_of(self.config.gradient_accumulation_steps, loader):
-            started = time.perf_counter()
             metrics = self.train_step(batches)
-            elapsed = time.perf_counter() - started
-            self._after_step(metrics | {"images_per_second": _image_count(batches) / elapsed})
-            if self._finished():
+            # with the time spent waiting for the batches, without that for samples and saving
+            metrics["images_per_second"] = _image_count(batches) / (time.perf_counter() - started)
+            self._after_step(metrics)
+            if self._reached_end() or self.stop_requested:
                 return
+            started = time.perf_counter()
         if self.progress.batch == 0:
             raise ValueError("the data gave no batch: it is empty or everything was filtered out")
         self.progress.epoch += 1
@@ -146,19 +167,22 @@ class Trainer:
     def progress_bar(self, loader: Iterable) -> Iterator[None]:
         """While open, steps, loss, images a second and the time left are shown."""
         with tqdm(
-            initial=self.progress.step, total=self.total_steps(loader), unit="step",
+            initial=self.progress.step, total=self._count_steps(loader), unit="step",
             dynamic_ncols=True, smoothing=0.1,
         ) as self._bar:  # fmt: skip
             yield
 
     def train_step(self, batches: list) -> dict[str, float]:
-        """Make one optimizer step with the mean gradient over `batches`.
+        """Make one optimizer step with the mean gradient over all samples of `batches`.
+
+        A step whose loss or gradient is not finite leaves the weights as they are.
 
         Returns:
-            The metrics of the step: losses are means over its images.
+            The metrics of the step: losses are means over its samples.
         """
-        lr = self._set_learning_rate()
-        meter = LossMeter(self.diffusion.num_timesteps, self.device)
+        learning_rate = self._set_learning_rate()
+        image_count = _image_count(batches)
+        meter = LossMeter(self.diffusion.num_timesteps)
         for index, batch in enumerate(batches):
             torch.manual_seed(derived_seed(self.config.seed, "step", self.progress.step, index))
             with self.precision.autocast():
@@ -166,55 +190,59 @@ class Trainer:
                     self.model, self.diffusion, batch, self.device,
                     vlb_weight=self.config.vlb_weight, loss_weighting=self.config.loss_weighting,
                 )  # fmt: skip
-            self.scaler.scale(losses.loss.mean() / len(batches)).backward()
+            self.scaler.scale(losses.loss.sum() / image_count).backward()
             meter.add(losses, timesteps)
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.config.max_grad_norm or float("inf")
-        )
-        metrics = meter.means() | {"grad_norm": grad_norm.item(), "lr": lr}
-        self._apply(metrics["grad_norm"], batches)
-        self.progress.step += 1
-        self.progress.batch += len(batches)
-        self.progress.images += _image_count(batches)
-        return metrics
-
-    def _set_learning_rate(self) -> float:
-        lr = self.config.learning_rate * learning_rate_factor(
-            self.progress.step, self.config.lr_schedule, self.config.warmup_steps, self._total_steps
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
-
-    def _apply(self, grad_norm: float, batches: list) -> None:
-        """Move the weights, unless the gradient is not finite."""
-        finite = math.isfinite(grad_norm)
-        if finite or self.scaler.is_enabled():  # the scaler leaves out such a step by itself
+            self.model.parameters(), self.config.max_grad_norm or math.inf
+        ).item()
+        metrics = meter.means() | {"grad_norm": grad_norm, "lr": learning_rate}
+        if math.isfinite(metrics["loss"]) and math.isfinite(grad_norm):
             self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if finite:
-            self._bad_steps = 0
             if self.ema:
                 self.ema.update()
-            return
-        self._bad_steps += 1
+            self.progress.skipped_in_a_row = 0
+        else:
+            self._skip(metrics, batches)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        self.progress.batch += len(batches)
+        self.progress.images += image_count
+        return metrics | {"skipped_steps": self.progress.skipped_steps}
+
+    def _set_learning_rate(self) -> float:
+        """Set that of every parameter group for this step; returns the first one's."""
+        factor = learning_rate_factor(
+            self.progress.step, self.config.lr_schedule, self.config.warmup_steps, self._total_steps
+        )
+        for group, rate in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
+            group["lr"] = rate * factor
+        return self.optimizer.param_groups[0]["lr"]
+
+    def _skip(self, metrics: dict[str, float], batches: list) -> None:
+        """Count and report a step that is not made."""
+        self.progress.skipped_steps += 1
+        self.progress.skipped_in_a_row += 1
         logger.warning(
-            "step %d skipped: its gradient is not finite (%s)",
-            self.progress.step, ", ".join(_keys(batches)) or "samples unknown",
+            "step %d skipped: loss %g, gradient norm %g; samples: %s",
+            self.progress.step + 1, metrics["loss"], metrics["grad_norm"],
+            ", ".join(_keys(batches)) or "unknown",
         )  # fmt: skip
-        if self._bad_steps >= MAX_BAD_STEPS:
+        if self.progress.skipped_in_a_row >= MAX_BAD_STEPS:
             raise TrainingDiverged(
-                f"no finite gradient in {self._bad_steps} steps, up to step {self.progress.step}: "
-                "go on from the last checkpoint with a lower --learning_rate or --precision bf16"
+                f"loss or gradient were not finite in {MAX_BAD_STEPS} steps in a row, up to step "
+                f"{self.progress.step + 1}: go on from an earlier checkpoint with a lower "
+                "--learning_rate, a lower --max_grad_norm, or --precision bf16 instead of fp16"
             )
 
     # ------------------------------------------------------- between the steps
     def _after_step(self, metrics: dict[str, float]) -> None:
+        """Validate, log, draw samples and save, each if it is time for it."""
         step, config = self.progress.step, self.config
+        is_last = step == self._total_steps
         metrics |= {"epoch": self.progress.epoch, **peak_memory(self.device)}
-        if self._validate and (step % config.eval_interval == 0 or self._finished()):
+        if self._validate and (is_last or is_time(step, config.eval_interval)):
             metrics |= self._validate(self)
         self.log.log(metrics, step)
         self._last_metrics = metrics
@@ -223,12 +251,12 @@ class Trainer:
             epoch=self.progress.epoch, loss=f"{metrics['loss']:.4f}",
             images_s=f"{metrics['images_per_second']:.1f}",
         )  # fmt: skip
-        if self._draw_samples and (is_time(step, config.log_frequency) or self._finished()):
+        if self._draw_samples and (is_last or is_time(step, config.log_frequency)):
             self._draw_samples(self)
         if is_time(step, config.save_checkpoint_interval):
             self.save()
 
-    def total_steps(self, loader: Iterable) -> int | None:
+    def _count_steps(self, loader: Iterable) -> int | None:
         """Optimizer steps of the whole run; None where the data does not tell its length."""
         try:
             per_epoch = math.ceil(len(loader) / self.config.gradient_accumulation_steps)
@@ -237,9 +265,10 @@ class Trainer:
         steps = per_epoch * self.config.epochs
         return min(steps, self.config.max_steps or steps)
 
-    def _finished(self) -> bool:
-        reached_end = self.config.max_steps and self.progress.step >= self.config.max_steps
-        return bool(reached_end) or self.stop_requested
+    def _reached_end(self) -> bool:
+        if self.config.max_steps and self.progress.step >= self.config.max_steps:
+            return True
+        return self.progress.epoch >= self.config.epochs
 
     # ------------------------------------------------------------- checkpoints
     def save(self) -> None:
@@ -254,7 +283,7 @@ class Trainer:
             ema_state=self.ema.model_state() if self.ema else None,
             training_state={
                 "progress": asdict(self.progress),
-                "seed": self.config.seed,
+                "seed": self.config.seed,  # with the progress, all there is of random state
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "ema_updates": self.ema.updates if self.ema else 0,
@@ -273,14 +302,20 @@ class Trainer:
             checkpoints.prune(self.run_folder, self.config.keep_checkpoints)
 
     def restore(self, files: checkpoints.CheckpointFiles) -> None:
-        """Go on from a checkpoint whose weights the model already has."""
+        """Go on from a checkpoint whose weights the model already has.
+
+        Raises:
+            ValueError: the training state is damaged or belongs to other parameters.
+        """
         state = checkpoints.read_training_state(files.training_state)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        restore_optimizer(self.optimizer, state["optimizer"])
+        if state["scaler"]:  # else it was not saved under fp16
+            self.scaler.load_state_dict(state["scaler"])
         if self.ema and files.ema:
             self.ema.load(read_weights(files.ema), state["ema_updates"])
         self.progress = Progress(**state["progress"])
-        self._saved_step = self.progress.step
+        if files.training_state.parent == self.run_folder:
+            self._saved_step = self.progress.step
 
 
 def is_time(step: int, interval: int) -> bool:
@@ -301,4 +336,4 @@ def _image_count(batches: list) -> int:
 
 def _keys(batches: list) -> list[str]:
     """The keys of all samples, where the loader gives them."""
-    return [key for batch in batches if isinstance(batch[-1], list) for key in batch[-1]]
+    return [key for batch in batches if not torch.is_tensor(batch[-1]) for key in batch[-1]]

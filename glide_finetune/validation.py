@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -9,7 +10,10 @@ from glide_finetune.batch_losses import LossMeter, batch_losses
 from glide_finetune.config import TrainConfig
 from glide_finetune.glide_util import sampling_mode
 
-# Enough that the curve is smooth, few enough that looking is quick.
+if TYPE_CHECKING:
+    from glide_finetune.trainer import Trainer
+
+# Enough that the curve is smooth, few enough that looking is quick and memory holds them.
 MOST_IMAGES = 256
 
 
@@ -18,47 +22,56 @@ class Validator:
 
     Args:
         dataset: gives items as `TextImageDataset` does, without random crops or dropped captions.
+            Of more than `MOST_IMAGES`, so many are used: evenly spread ones where the dataset has
+            a length, the first ones of a stream.
         config: batch size, loss and seed.
         num_timesteps: of the diffusion process.
+
+    Raises:
+        ValueError: the dataset is empty.
     """
 
     def __init__(self, dataset: Iterable, config: TrainConfig, num_timesteps: int) -> None:
         self.config = config
-        items = [
-            [part for part in item if isinstance(part, torch.Tensor)]
-            for item in itertools.islice(dataset, MOST_IMAGES)
-        ]
-        generator = torch.Generator().manual_seed(config.seed)
-        # evenly over all timesteps, so that every quartile has its share of the images
-        places = torch.randperm(len(items), generator=generator) + 0.5
-        timesteps = (places * num_timesteps / len(items)).long()
-        noise = torch.randn((len(items), *items[0][-1].shape), generator=generator)
+        items = [[part for part in item if torch.is_tensor(part)] for item in _fixed_items(dataset)]
+        if not items:
+            raise ValueError("the validation data gave no image")
+        size = config.batch_size
         self._batches = [
-            (
-                [torch.stack(part) for part in zip(*items[i : i + config.batch_size], strict=True)],
-                timesteps[i : i + config.batch_size],
-                noise[i : i + config.batch_size],
-            )
-            for i in range(0, len(items), config.batch_size)
+            [torch.stack(parts) for parts in zip(*items[start : start + size], strict=True)]
+            for start in range(0, len(items), size)
         ]
+        # evenly over all timesteps, so that every quartile has its share of the images
+        generator = torch.Generator().manual_seed(config.seed)
+        places = torch.randperm(len(items), generator=generator) + 0.5
+        self._timesteps = (places * num_timesteps / len(items)).long().split(size)
 
-    def __call__(self, trainer) -> dict[str, float]:
-        """The mean losses of a trainer's weights and, where it keeps one, of their average."""
+    def __call__(self, trainer: "Trainer") -> dict[str, float]:
+        """The mean losses of a trainer's weights, as val/…, and of their average where it keeps
+        one, as val_ema/…; all of `LossMeter.means`. Model mode and random state stay.
+        """
         metrics = self._losses(trainer, "val")
         if trainer.ema:
             with trainer.ema.applied():
                 metrics |= self._losses(trainer, "val_ema")
         return metrics
 
-    def _losses(self, trainer, name: str) -> dict[str, float]:
-        meter = LossMeter(trainer.diffusion.num_timesteps, trainer.device)
+    def _losses(self, trainer: "Trainer", name: str) -> dict[str, float]:
+        meter = LossMeter(trainer.diffusion.num_timesteps)
+        generator = torch.Generator().manual_seed(self.config.seed)
         with sampling_mode(trainer.model), trainer.precision.autocast():
-            for batch, timesteps, noise in self._batches:
-                meter.add(
-                    *batch_losses(
-                        trainer.model, trainer.diffusion, batch, trainer.device,
-                        timesteps=timesteps, noise=noise, vlb_weight=self.config.vlb_weight,
-                        loss_weighting=self.config.loss_weighting,
-                    )
+            for batch, timesteps in zip(self._batches, self._timesteps, strict=True):
+                losses = batch_losses(
+                    trainer.model, trainer.diffusion, batch, trainer.device,
+                    timesteps=timesteps, noise=torch.randn(batch[-1].shape, generator=generator),
+                    vlb_weight=self.config.vlb_weight, loss_weighting=self.config.loss_weighting,
                 )  # fmt: skip
+                meter.add(*losses)
         return {f"{name}/{key}": value for key, value in meter.means().items()}
+
+
+def _fixed_items(dataset: Iterable) -> Iterable:
+    if not hasattr(dataset, "__len__"):
+        return itertools.islice(dataset, MOST_IMAGES)
+    count = min(len(dataset), MOST_IMAGES)
+    return (dataset[place * len(dataset) // count] for place in range(count))
