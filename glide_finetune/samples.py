@@ -4,7 +4,7 @@ import contextlib
 import math
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -13,8 +13,14 @@ from glide_finetune import images
 from glide_finetune.config import TrainConfig, read_prompts
 from glide_finetune.glide_util import sample, seeded
 
-PADDING = 4
-LABEL_LINES = 3
+if TYPE_CHECKING:
+    from glide_finetune.trainer import Trainer
+
+PADDING = 4  # pixels around every cell
+CELL_WIDTH = 192  # smaller pictures are enlarged towards it, by a whole factor
+FONT_SIZE = 12
+LINE_HEIGHT = 15
+MOST_LABEL_LINES = 5
 
 
 def labelled_grid(pictures: torch.Tensor, labels: list[str], columns: int = 0) -> Image.Image:
@@ -22,36 +28,44 @@ def labelled_grid(pictures: torch.Tensor, labels: list[str], columns: int = 0) -
 
     Args:
         pictures: (n, 3, height, width) in [-1, 1].
-        labels: one for each picture.
+        labels: one for each picture; what exceeds `MOST_LABEL_LINES` lines is cut.
         columns: pictures in a row; 0 makes the grid about square.
     """
     count, _, height, width = pictures.shape
     columns = columns or math.ceil(math.sqrt(count))
-    scale = max(1, 128 // width)  # small pictures are shown larger, in whole pixels
-    cell_width, picture_height = width * scale, height * scale
-    font = ImageFont.load_default(size=11)
-    line_height = 13
-    cell_height = picture_height + LABEL_LINES * line_height
     rows = math.ceil(count / columns)
-    grid = Image.new(
-        "RGB",
-        (
-            columns * (cell_width + PADDING) + PADDING,
-            rows * (cell_height + PADDING) + PADDING,
-        ),
-        "white",
-    )
+    scale = max(1, CELL_WIDTH // width)
+    width, height = width * scale, height * scale
+    font = _font()
+    texts = [_wrapped(label, font, width) for label in labels]
+    label_height = LINE_HEIGHT * max(len(lines) for lines in texts)
+    step_x, step_y = width + PADDING, height + label_height + PADDING
+    grid = Image.new("RGB", (columns * step_x + PADDING, rows * step_y + PADDING), "white")
     draw = ImageDraw.Draw(grid)
-    characters = max(8, int(cell_width / font.getlength("n")))
-    for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+    for index, (picture, lines) in enumerate(zip(pictures, texts, strict=True)):
         row, column = divmod(index, columns)
-        x = PADDING + column * (cell_width + PADDING)
-        y = PADDING + row * (cell_height + PADDING)
-        cell = images.to_pil(picture).resize((cell_width, picture_height), Image.Resampling.NEAREST)
+        x, y = PADDING + column * step_x, PADDING + row * step_y
+        cell = images.to_pil(picture).resize((width, height), Image.Resampling.NEAREST)
         grid.paste(cell, (x, y))
-        lines = textwrap.wrap(label, characters, max_lines=LABEL_LINES, placeholder=" …")
-        draw.multiline_text((x, y + picture_height), "\n".join(lines), "black", font, spacing=1)
+        for number, line in enumerate(lines):
+            draw.text((x, y + height + number * LINE_HEIGHT), line, "black", font)
     return grid
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    """A usual font of the system, or else the one within Pillow, which knows ASCII alone."""
+    for name in ("DejaVuSans.ttf", "Arial.ttf"):
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, FONT_SIZE)
+    return ImageFont.load_default(FONT_SIZE)
+
+
+def _wrapped(label: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """The label in lines of about `width` pixels at most."""
+    label = " ".join(label.split())
+    pixels_a_letter = font.getlength(label) / max(1, len(label))
+    letters = int(0.9 * width / max(1.0, pixels_a_letter))  # some lines have wide letters
+    return textwrap.wrap(label, max(4, letters), max_lines=MOST_LABEL_LINES, placeholder=" …")
 
 
 class SampleDrawer:
@@ -80,7 +94,7 @@ class SampleDrawer:
         self.respacing = respacing or ("fast27" if config.train_upsample else "50")
         self.prompts = read_prompts(config)
 
-    def __call__(self, trainer) -> Path:
+    def __call__(self, trainer: "Trainer") -> Path:
         """Draw, save and log a grid; the trainer's model and torch's random state stay as is."""
         with contextlib.ExitStack() as stack:
             if trainer.ema:
