@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from glide_finetune.atomic_files import atomic_file, valid_json
-from glide_finetune.wandb_run import WandbRun
+from glide_finetune.wandb_run import WandbRun, wandb_images
 
 METRICS_NAME = "metrics.jsonl"
 WANDB_ID_NAME = "wandb_id.txt"
@@ -27,6 +27,7 @@ class MetricsLog:
         checkpoint is saved. None: the run begins, and so does the file.
     project, entity, config: of the wandb run, whose id is kept in the run folder, so that a
         resumed run continues it. project None: no wandb.
+    wandb_run: a run to log to instead, of `wandb_setup` or `wandb.init`; `close` leaves it open.
     report: called with one aligned line for every `log`, for example `tqdm.write`; metrics with
         a slash in their name are details and left out of it.
     """
@@ -39,9 +40,11 @@ class MetricsLog:
         project: str | None = None,
         entity: str | None = None,
         config: Mapping[str, Any] | None = None,
+        wandb_run: Any = None,
         report: Callable[[str], None] | None = None,
     ) -> None:
-        self._file = self._wandb = self._report = None
+        self._file = self._report = None
+        self._wandb, self._owns_wandb = wandb_run, False
         if run_dir is None:
             return
         self._report = report
@@ -49,6 +52,7 @@ class MetricsLog:
         _rewind(path, resume_step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         if project is not None:
+            self._owns_wandb = True
             self._wandb = WandbRun(
                 run_dir,
                 project=project,
@@ -81,14 +85,16 @@ class MetricsLog:
         step: int,
     ) -> None:
         """Show pictures, or the files they are in, with one caption each, in wandb."""
-        if self._wandb:
+        if isinstance(self._wandb, WandbRun):
             self._wandb.log_images(name, images, captions, step)
+        elif self._wandb:
+            self._wandb.log({name: wandb_images(images, captions)}, step)
 
     def close(self) -> None:
         """Close the file and finish the wandb run; waits for uploads, for a limited time."""
         if self._file:
             self._file.close()
-        if self._wandb:
+        if self._wandb and self._owns_wandb:
             self._wandb.finish()
         self._file = self._wandb = None
 

@@ -75,17 +75,7 @@ class WandbRun:
         step: int | None = None,
     ) -> None:
         """Send pictures, or the files they are in, with one caption each."""
-        pairs = [
-            (str(image) if isinstance(image, Path) else image, caption)
-            for image, caption in zip(images, captions, strict=True)
-        ]
-
-        def send(run: Any) -> None:
-            import wandb
-
-            run.log({name: [wandb.Image(image, caption=text) for image, text in pairs]}, step=step)
-
-        self._put(send, step)
+        self._put(lambda run: run.log({name: wandb_images(images, captions)}, step=step), step)
 
     def finish(self) -> None:
         """Upload what is left, for a limited time; nothing can be logged afterwards."""
@@ -146,6 +136,16 @@ class WandbRun:
     def _warn(error: Exception) -> None:
         reason = (str(error).splitlines() or [""])[0]
         logger.warning("wandb is off for this run (%s: %s)", type(error).__name__, reason)
+
+
+def wandb_images(images: Sequence[Image.Image | str | Path], captions: Sequence[str]) -> list:
+    """Pictures, or the files they are in, with one caption each, as `wandb.Image` objects."""
+    import wandb
+
+    return [
+        wandb.Image(str(image) if isinstance(image, Path) else image, caption=caption)
+        for image, caption in zip(images, captions, strict=True)
+    ]
 
 
 def _log_forward(run: Any, call: Callable[[Any], None], step: int | None) -> None:
