@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from glide_text2im.model_creation import (
     create_model_and_diffusion,
     model_and_diffusion_defaults,

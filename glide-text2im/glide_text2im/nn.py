@@ -3,8 +3,8 @@
 The rule: every layer computes in the dtype of its input, and its parameters follow. The networks
 choose the dtype of their running tensor once (`working_dtype`), switch autocast off inside
 (`without_autocast`), and keep float32 where digits matter: the time embedding and its maps into
-the residual blocks, and the output layers. Norms and softmax accumulate in float32 inside their
-kernels, whatever the dtype of their input.
+the residual blocks, and the output layers. Norms and softmax accumulate in float32 inside
+themselves, whatever the dtype of their input.
 """
 
 import contextlib
@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-NORM_GROUPS = 32
-NORM_EPS = 1e-5
+SHORT_ATTENTION = 512  # positions; beyond them the matrix of scores costs too much memory
 
 
 def _autocast_enabled(device_type: str) -> bool:
@@ -64,32 +63,28 @@ class PointwiseConv1d(nn.Conv1d):
         return F.linear(tokens, weight, self.bias.to(tokens.dtype))
 
 
-def _affine(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gain and offset as the norm kernels want them: those of the CPU take float32 ones beside an
-    input in half precision, the others want one dtype."""
-    if x.device.type == "cpu":
-        return norm.weight, norm.bias
-    return norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-
-
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation over the last axis, in and out in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, *_affine(self, x), self.eps)
+        weight, bias = self.weight, self.bias
+        if x.device.type != "cpu":  # whose kernel takes float32 ones beside half precision
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation over (batch, channels, height, width) in 32 groups, with `silu` followed
-    by a SiLU; in and out in the dtype of its input."""
-
-    def __init__(self, channels: int, *, silu: bool = False):
-        super().__init__(NORM_GROUPS, channels, eps=NORM_EPS)
-        self.silu = silu
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.group_norm(x, self.num_groups, *_affine(self, x), self.eps)
-        return F.silu(x) if self.silu else x
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention over (batch, heads, positions, channels of a head), scores scaled by
+    1/sqrt(channels); the softmax accumulates in float32."""
+    if (
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and key.shape[2] <= SHORT_ATTENTION
+    ):
+        # There the fused kernel takes up to four times as long, most of it in the backward pass.
+        scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
+        return scores.softmax(dim=3) @ value
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 class RecomputedModule(nn.Module):

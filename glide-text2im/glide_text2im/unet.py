@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from glide_text2im.nn import (
     Conv2d,
-    GroupNorm,
     Linear,
     PointwiseConv1d,
     RecomputedModule,
+    attention,
     timestep_embedding,
     without_autocast,
     working_dtype,
     zeroed,
 )
+from glide_text2im.norm import GroupNorm
 
 
 def upsample(x: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class ResidualBlock(RecomputedModule):
         super().__init__()
         self.resize = resize
         self.scale_shift = scale_shift
-        # Checkpoints count a SiLU at index 1 that is part of the norm here.
+        # Checkpoints count the SiLU at index 1, which is part of the norm here.
         self.in_layers = nn.ModuleList(
             [
                 GroupNorm(in_channels, silu=True),
@@ -66,8 +67,8 @@ class ResidualBlock(RecomputedModule):
         )
         self.out_layers = nn.ModuleList(
             [
-                GroupNorm(out_channels, silu=not scale_shift),
-                nn.SiLU() if scale_shift else nn.Identity(),
+                GroupNorm(out_channels, silu=True),
+                nn.Identity(),
                 nn.Dropout(dropout),
                 zeroed(Conv2d(out_channels, out_channels, 3, padding=1)),
             ]
@@ -87,14 +88,13 @@ class ResidualBlock(RecomputedModule):
             h, x = self.resize(h), self.resize(x)
         h = convolve(h)
 
-        emb = self.emb_layers(emb)[:, :, None, None]
-        norm, activate, drop, convolve = self.out_layers
+        emb = self.emb_layers(emb)
+        norm, _, drop, convolve = self.out_layers
         if self.scale_shift:
-            scale, shift = emb.chunk(2, dim=1)
-            h = torch.addcmul(shift.to(h.dtype), norm(h), (1 + scale).to(h.dtype))
+            h = norm(h, *emb.chunk(2, dim=1))
         else:
-            h = norm(h + emb.to(h.dtype))
-        return self.skip_connection(x) + convolve(drop(activate(h)))
+            h = norm(h + emb[:, :, None, None].to(h.dtype))
+        return self.skip_connection(x) + convolve(drop(h))
 
 
 class AttentionBlock(RecomputedModule):
@@ -118,7 +118,7 @@ class AttentionBlock(RecomputedModule):
         else:
             pairs = zip(self._heads(self.encoder_kv(text), 2), image, strict=True)
             key, value = (torch.cat(pair, dim=2) for pair in pairs)
-        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = attention(query, key, value)
         tokens = self.proj_out(attended.transpose(1, 2).flatten(2))
         return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -196,7 +196,7 @@ class UNet(nn.Module):
         if num_heads_upsample == -1:
             num_heads_upsample = num_heads
 
-        def residual(inputs: int, outputs: int, resize=None) -> ResidualBlock:
+        def residual_block(inputs: int, outputs: int, resize=None) -> ResidualBlock:
             return ResidualBlock(
                 inputs,
                 outputs,
@@ -206,7 +206,7 @@ class UNet(nn.Module):
                 resize=resize,
             )
 
-        def attention(channels: int, heads: int) -> AttentionBlock:
+        def attention_block(channels: int, heads: int) -> AttentionBlock:
             if num_head_channels != -1:
                 heads = channels // num_head_channels
             return AttentionBlock(channels, heads, text_width)
@@ -223,15 +223,15 @@ class UNet(nn.Module):
         for level, multiplier in enumerate(channel_mult):
             width = multiplier * model_channels
             for _ in range(num_res_blocks):
-                stage = Stage(residual(channels, width))
+                stage = Stage(residual_block(channels, width))
                 channels = width
                 if 2**level in attention_rates:
-                    stage.append(attention(channels, num_heads))
+                    stage.append(attention_block(channels, num_heads))
                 self.input_blocks.append(stage)
                 skip_channels.append(channels)
             if level != len(channel_mult) - 1:
                 down = (
-                    residual(channels, channels, downsample)
+                    residual_block(channels, channels, downsample)
                     if resblock_updown
                     else Downsample(channels)
                 )
@@ -239,22 +239,22 @@ class UNet(nn.Module):
                 skip_channels.append(channels)
 
         self.middle_block = Stage(
-            residual(channels, channels),
-            attention(channels, num_heads),
-            residual(channels, channels),
+            residual_block(channels, channels),
+            attention_block(channels, num_heads),
+            residual_block(channels, channels),
         )
 
         self.output_blocks = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(channel_mult))):
             width = multiplier * model_channels
             for index in range(num_res_blocks + 1):
-                stage = Stage(residual(channels + skip_channels.pop(), width))
+                stage = Stage(residual_block(channels + skip_channels.pop(), width))
                 channels = width
                 if 2**level in attention_rates:
-                    stage.append(attention(channels, num_heads_upsample))
+                    stage.append(attention_block(channels, num_heads_upsample))
                 if level and index == num_res_blocks:
                     stage.append(
-                        residual(channels, channels, upsample)
+                        residual_block(channels, channels, upsample)
                         if resblock_updown
                         else Upsample(channels)
                     )

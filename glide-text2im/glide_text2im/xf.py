@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glide_text2im.nn import LayerNorm, Linear, RecomputedModule
+from glide_text2im.nn import LayerNorm, Linear, RecomputedModule, attention
 
 
 class SelfAttention(nn.Module):
@@ -18,7 +18,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # The channels of every head are laid out as its query, key and value.
         qkv = self.c_qkv(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(*qkv.chunk(3, dim=3))
+        attended = attention(*qkv.chunk(3, dim=3))
         return self.c_proj(attended.transpose(1, 2).flatten(2))
 
 

@@ -1,0 +1,275 @@
+"""What the models promise beyond the golden numbers: memory, precision, sizes and construction."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from glide_text2im.defaults import downsampling_factor, model_and_diffusion_defaults
+from glide_text2im.model_creation import create_model
+from glide_text2im.nn import SHORT_ATTENTION, attention
+from glide_text2im.norm import GroupNorm
+from golden_data import fill
+
+DIFFUSION_OPTIONS = ("diffusion_steps", "noise_schedule", "timestep_respacing")
+MODEL_OPTIONS = {
+    key: value
+    for key, value in model_and_diffusion_defaults().items()
+    if key not in DIFFUSION_OPTIONS
+} | {
+    "image_size": 32,
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1,2,2",
+    "num_head_channels": 16,
+    "attention_resolutions": "16,8",
+    "text_ctx": 16,
+    "xf_width": 32,
+    "xf_layers": 2,
+    "xf_heads": 2,
+    "use_fp16": False,
+}
+
+
+def small_model(**options) -> torch.nn.Module:
+    return fill(create_model(**MODEL_OPTIONS | options))
+
+
+def inputs(height: int = 32, width: int = 32, batch: int = 2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "x": torch.randn(batch, 3, height, width, generator=generator),
+        "timesteps": torch.randint(0, 1000, (batch,), generator=generator),
+        "tokens": torch.randint(0, 50257, (batch, 16), generator=generator),
+        "mask": torch.arange(16).expand(batch, 16) < 9,
+    }
+
+
+def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)  # of dropout
+    model.zero_grad()
+    model(**batch).square().mean().backward()
+    return {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.detach().float() - want.detach()).norm() / want.detach().norm())
+
+
+def total_error(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> float:
+    """The relative error of all tensors together."""
+    flat = (torch.cat([tensors[key].flatten() for key in want]) for tensors in (got, want))
+    return relative_error(*flat)
+
+
+def bytes_saved_for_backward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
+    sizes = {}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(**batch)
+    assert out.requires_grad  # the graph, and with it what was saved, is still alive
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_activation_checkpointing_changes_no_gradient_with_dropout_on(precision):
+    model, batch = small_model(dropout=0.3).train(), inputs()
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        want = gradients(model, batch)
+        model.activation_checkpointing = True
+        got = gradients(model, batch)
+    assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_activation_checkpointing_keeps_less_than_half_of_the_activations():
+    model, batch = small_model().train(), inputs(batch=4)
+    plain = bytes_saved_for_backward(model, batch)
+    model.activation_checkpointing = True
+    recomputed = bytes_saved_for_backward(model, batch)
+    print(f"saved for backward: {plain / 2**20:.1f} MiB, recomputing {recomputed / 2**20:.1f} MiB")
+    assert recomputed < 0.5 * plain
+
+
+def test_activation_checkpointing_is_a_keyword_and_a_switch_and_for_training_only():
+    model, batch = small_model(use_checkpoint=True), inputs()
+    assert model.activation_checkpointing
+    recomputed = bytes_saved_for_backward(model.train(), batch)
+    assert bytes_saved_for_backward(model.eval(), batch) > recomputed
+    model.activation_checkpointing = False
+    assert not model.activation_checkpointing
+    assert bytes_saved_for_backward(model.train(), batch) > recomputed
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (24, 40), (48, 32)])
+@torch.no_grad()
+def test_any_multiple_of_the_downsampling_factor_is_a_size_that_fits(height, width):
+    model = small_model().eval()
+    assert model.downsampling_factor == downsampling_factor(32, "1,2,2") == 4
+    assert model(**inputs(height, width)).shape == (2, 6, height, width)
+
+
+def test_another_size_is_refused_with_the_factor():
+    with pytest.raises(ValueError, match=r"34x32 pixels.*multiples of 4"):
+        small_model()(**inputs(height=32, width=34))
+
+
+@torch.no_grad()
+def test_channels_last_memory_gives_the_same_numbers():
+    model, batch = small_model().eval(), inputs()
+    want = model(**batch)
+    model.to(memory_format=torch.channels_last)
+    batch["x"] = batch["x"].contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(**batch), want)
+
+
+@pytest.mark.parametrize(("precision", "limit"), [(torch.bfloat16, 4e-2), (torch.float16, 1e-2)])
+def test_autocast_runs_in_half_precision_and_stays_near_float32(precision, limit):
+    model, batch = small_model(dropout=0.0).train(), inputs()
+    seen = set()
+    for stage in (*model.input_blocks, model.middle_block, *model.output_blocks):
+        stage.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    want_out, want = model(**batch), gradients(model, batch)
+    assert seen == {torch.float32}
+    seen.clear()
+    with torch.autocast("cpu", precision):
+        out, got = model(**batch), gradients(model, batch)
+    assert seen == {precision}
+    assert out.dtype == torch.float32
+    assert {gradient.dtype for gradient in got.values()} == {torch.float32}
+    assert relative_error(out, want_out) < limit
+    assert total_error(got, want) < limit
+
+
+def test_a_half_precision_model_can_be_turned_back():
+    model, batch = small_model().eval(), inputs()
+    with torch.no_grad():
+        want = model(**batch)
+        model.convert_to_fp16()
+        assert model.dtype == torch.float16
+        assert relative_error(model(**batch), want) < 1e-2
+        model.convert_to_fp32()
+        assert model.dtype == torch.float32
+        assert relative_error(model(**batch), want) < 1e-2
+
+
+def test_use_fp16_alone_leaves_a_float32_model_working():
+    batch = inputs()
+    with torch.no_grad():
+        want = small_model().eval()(**batch)
+        assert torch.equal(small_model(use_fp16=True).eval()(**batch), want)
+
+
+def test_a_model_made_on_the_meta_device_is_right_after_loading():
+    model, batch = small_model().eval(), inputs()
+    with torch.device("meta"):
+        empty = create_model(**MODEL_OPTIONS).eval()
+    assert not list(empty.buffers())
+    assigned, copied = empty, create_model(**MODEL_OPTIONS).eval().to("meta").to_empty(device="cpu")
+    assigned.load_state_dict(model.state_dict(), assign=True)
+    copied.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        want = model(**batch)
+        assert torch.equal(assigned(**batch), want)
+        assert torch.equal(copied(**batch), want)
+
+
+def test_the_meta_device_runs_a_forward_pass_without_memory():
+    with torch.device("meta"):
+        model = create_model(**MODEL_OPTIONS)
+        out = model(**{key: torch.empty_like(value) for key, value in inputs().items()})
+    assert out.shape == (2, 6, 32, 32)
+
+
+def test_text_parameters_are_all_but_those_of_the_unet():
+    model = create_model(**MODEL_OPTIONS)
+    text = {id(parameter) for parameter in model.text_parameters()}
+    own = {key.split(".")[0] for key, p in model.named_parameters() if id(p) not in text}
+    assert own == {"time_embed", "input_blocks", "middle_block", "output_blocks", "out"}
+    without_text = create_model(**MODEL_OPTIONS | {"xf_width": 0})
+    assert not list(without_text.text_parameters())
+
+
+def test_embeddings_start_small():
+    torch.manual_seed(0)
+    model = create_model(**MODEL_OPTIONS)
+    assert model.token_embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for embedding in (model.positional_embedding, model.padding_embedding):
+        assert embedding.std().item() == pytest.approx(0.01, rel=0.2)
+
+
+def test_the_text_cache_never_serves_a_call_that_needs_gradients():
+    model, batch = small_model(cache_text_emb=True).train(), inputs()
+    first = gradients(model, batch)
+    second = gradients(model, batch)
+    assert first["token_embedding.weight"].any()
+    assert all(torch.isfinite(second[key]).all() for key in first)
+    other = batch | {"tokens": batch["tokens"] + 1}
+    assert model(**other).isfinite().all()
+
+
+def test_the_tokenizer_of_a_model_makes_its_tokens():
+    model = create_model(**MODEL_OPTIONS)
+    tokens, mask = model.tokenizer.padded_tokens_and_mask(model.tokenizer.encode("a corgi"), 16)
+    assert len(tokens) == len(mask) == 16
+    assert sum(mask) == len(model.tokenizer.encode("a corgi"))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_group_norm_equals_torchs_with_scale_shift_and_silu(memory_format):
+    torch.manual_seed(0)
+    norm = fill(GroupNorm(64, silu=True))
+    x = (3 * torch.randn(2, 64, 6, 4) + 5).to(memory_format=memory_format).requires_grad_()
+    scale, shift = torch.randn(2, 2, 64).unbind()
+    leaves = [x, scale.requires_grad_(), shift.requires_grad_(), norm.weight, norm.bias]
+
+    def reference(x, scale, shift, weight, bias):
+        y = F.group_norm(x, 32, weight, bias, eps=1e-5)
+        return F.silu(y * (1 + scale[..., None, None]) + shift[..., None, None])
+
+    got, want = norm(x, scale, shift), reference(*(leaf.double() for leaf in leaves))
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+    weights = torch.randn_like(want)
+    got_gradients = torch.autograd.grad((got * weights).sum(), leaves)
+    want_gradients = torch.autograd.grad((want * weights).sum(), leaves)
+    for a, b in zip(got_gradients, want_gradients, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_the_group_norm_of_half_precision_images_accumulates_in_float32(precision):
+    torch.manual_seed(0)
+    # In half precision these sums would overflow, and their differences vanish.
+    x = (400 + 20 * torch.randn(1, 64, 32, 32)).to(precision)
+    got = GroupNorm(64)(x)
+    want = F.group_norm(x.double(), 32)
+    assert got.dtype == precision
+    torch.testing.assert_close(got.double(), want, atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("positions", [24, SHORT_ATTENTION + 8])
+def test_attention_in_bfloat16_is_near_float32(positions):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 2, positions, 16).unbind()
+    want = F.scaled_dot_product_attention(query, key, value)
+    got = attention(query.bfloat16(), key.bfloat16(), value.bfloat16())
+    assert got.dtype == torch.bfloat16
+    assert relative_error(got, want) < 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+def test_a_compiled_model_is_one_graph_and_has_the_same_gradients(precision, limit):
+    model, batch = small_model(dropout=0.0).train(), inputs()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        want = gradients(model, batch)
+        model.zero_grad()
+        compiled(**batch).square().mean().backward()
+    got = {key: parameter.grad for key, parameter in model.named_parameters()}
+    assert total_error(got, want) < limit  # in bfloat16 a part of its rounding noise
