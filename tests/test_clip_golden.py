@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+
 from glide_text2im.clip.model_creation import create_clip_model
 from golden_data import deviation, fill, load, rnd
 

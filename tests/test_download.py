@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from glide_text2im import download, transfer
 from glide_text2im.download import DownloadError, fetch_file_cached, load_checkpoint
 

@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
+
 from glide_text2im.tokenizer.bpe import get_encoder
 from glide_text2im.tokenizer.simple_tokenizer import SimpleTokenizer
 from glide_text2im.tokenizer.vocab import vocabulary_file
