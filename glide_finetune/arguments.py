@@ -150,10 +150,10 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     name, short, extra = f"--{field.name}", field.metadata["short"], field.metadata["extra"]
     spellings = (name, short) if short and short != name else (name,)
     text = field.metadata["help"]
-    if "default:" not in text and field.default not in ("", False, dataclasses.MISSING):
+    kind = types_of(field.name)[0]
+    if kind in (int, float, str) and field.default not in ("", None):
         text += f" (default: {field.default})"
     text = text.replace("%", "%%")
-    kind = types_of(field.name)[0]
     if kind is dict:
         group.add_argument(*spellings, action=_Collect, help=text, **extra)
     elif kind is bool:

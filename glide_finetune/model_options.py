@@ -22,28 +22,23 @@ NORM_GROUPS = 32  # of the UNet's group normalisation, which divide all its chan
 # How to compute, as opposed to what the network is.
 _OF_COMPUTING = ("use_fp16", "cache_text_emb")
 
+_NUMBERS = r"[1-9][0-9]*(,[1-9][0-9]*)*"
+
+_SMALL = {
+    "num_channels": 64,
+    "num_head_channels": 32,
+    "attention_resolutions": "16,8",
+    "xf_width": 160,
+    "xf_layers": 4,
+    "xf_heads": 5,
+}
+
 # What each preset changes of the released options, for the base model and for the upsampler.
 MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "glide": {"base": {}, "upsample": {}},
     "small": {
-        "base": {
-            "num_channels": 64,
-            "num_res_blocks": 2,
-            "num_head_channels": 32,
-            "attention_resolutions": "16,8",
-            "xf_width": 192,
-            "xf_layers": 4,
-            "xf_heads": 6,
-        },
-        "upsample": {
-            "num_channels": 64,
-            "num_res_blocks": 1,
-            "num_head_channels": 32,
-            "attention_resolutions": "16,8",
-            "xf_width": 192,
-            "xf_layers": 4,
-            "xf_heads": 6,
-        },
+        "base": {**_SMALL, "num_res_blocks": 2, "channel_mult": "1,2,2,3"},
+        "upsample": {**_SMALL, "num_res_blocks": 1, "channel_mult": "1,1,2,2,2,3"},
     },
     "tiny": {
         "base": {
@@ -169,12 +164,14 @@ def _check_unet(options: dict[str, Any]) -> None:
         raise ValueError(
             f"num_channels is {options['num_channels']}; give a multiple of {NORM_GROUPS}"
         )
+    if not re.fullmatch(_NUMBERS, options["channel_mult"] or "1"):
+        raise ValueError(f"channel_mult is {options['channel_mult']!r}; give one like 1,2,3,4")
     try:
         multipliers = channel_multipliers(options["image_size"], options["channel_mult"])
     except AssertionError as error:
         raise ValueError(str(error)) from None
     sizes = options["attention_resolutions"]
-    if not re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", sizes):
+    if not re.fullmatch(_NUMBERS, sizes):
         raise ValueError(f"attention_resolutions is {sizes!r}; give image sizes, such as 32,16,8")
     rates = {options["image_size"] // int(size) for size in sizes.split(",")}
     with_attention = [m for level, m in enumerate(multipliers) if 2**level in rates]
