@@ -1,5 +1,6 @@
 """Checkpoints of a run: whole or not there, found again, deleted in order."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,7 +23,9 @@ from glide_finetune.checkpoints import (
 )
 from glide_finetune.weights import WeightsError, read_weights
 
-FORK = multiprocessing.get_context("fork")
+# Children of a server that has torch but, unlike this process, no threads that a fork would break.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["glide_finetune.checkpoints"])
 
 
 def save(run_dir, step, *, epoch=0, ema=True, size=8):
@@ -258,15 +261,15 @@ def test_an_exception_in_an_atomic_write_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old"
 
 
-def _die_before_call(number, action):
-    """Run `action` here, and SIGKILL this process before its call `number` that changes files."""
+def _save_and_prune(run_dir, deadly_call):
+    """Save step 2 and keep only that; SIGKILL before call number `deadly_call` that does it."""
     calls = 0
 
     def deadly(function):
         def counted(*args, **kwargs):
             nonlocal calls
             calls += 1
-            if calls == number:
+            if calls == deadly_call:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **kwargs)
 
@@ -274,22 +277,34 @@ def _die_before_call(number, action):
 
     for name in ("fsync", "replace", "unlink"):
         setattr(os, name, deadly(getattr(os, name)))
-    action()
+    save(run_dir, 2)
+    prune(run_dir, 1)
+
+
+def _save_and_die_everywhere(folder, exit_codes):
+    for deadly_call in itertools.count(1):
+        run_dir = folder / str(deadly_call)
+        run_dir.mkdir()
+        save(run_dir, 1)
+        child = os.fork()
+        if child == 0:
+            _save_and_prune(run_dir, deadly_call)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        exit_codes.send(code)
+        if code != -signal.SIGKILL:
+            return
 
 
 def test_a_save_killed_at_any_of_its_file_operations_leaves_a_whole_checkpoint(tmp_path):
-    def save_and_prune():
-        save(run_dir, 2)
-        prune(run_dir, 1)
-
+    exit_codes, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=_save_and_die_everywhere, args=(tmp_path, sender))
+    process.start()
     survivors = []
-    for number in range(1, 100):
-        run_dir = tmp_path / str(number)
-        run_dir.mkdir()
-        save(run_dir, 1)
-        process = FORK.Process(target=_die_before_call, args=(number, save_and_prune))
-        process.start()
-        process.join()
+    for deadly_call in itertools.count(1):
+        assert exit_codes.poll(60)
+        code = exit_codes.recv()
+        run_dir = tmp_path / str(deadly_call)
         files = newest_checkpoint(run_dir)
         assert_whole(files, files.step)
         survivors.append(files.step)
@@ -298,17 +313,18 @@ def test_a_save_killed_at_any_of_its_file_operations_leaves_a_whole_checkpoint(t
         save(run_dir, 3)
         prune(run_dir, 1)
         assert len(names(run_dir)) == 4  # nothing half written or half deleted stays behind
-        if process.exitcode == 0:
+        if code != -signal.SIGKILL:
             break
-        assert process.exitcode == -signal.SIGKILL
-    assert process.exitcode == 0, "the save never ended"
+    process.join()
+    assert code == 0  # the last one came through
     assert survivors == sorted(survivors)
     assert survivors.count(1) > 10
     assert survivors.count(2) > 4
 
 
-def _save_forever(run_dir):
-    for step in range(1, 10_000):
+def _save_forever(run_dir, first_step, started):
+    started.set()
+    for step in itertools.count(first_step):
         save(run_dir, step, size=500_000)
         prune(run_dir, 2)
 
@@ -316,16 +332,22 @@ def _save_forever(run_dir):
 def test_a_process_killed_at_random_moments_leaves_a_whole_checkpoint(tmp_path):
     moments = random.Random(0)
     save(tmp_path, 0)
-    for _ in range(6):
-        process = FORK.Process(target=_save_forever, args=(tmp_path,))
+    step = 0
+    for _ in range(8):
+        started = PROCESSES.Event()
+        process = PROCESSES.Process(target=_save_forever, args=(tmp_path, step + 1, started))
         process.start()
-        time.sleep(moments.uniform(0.02, 0.3))
+        assert started.wait(60)
+        time.sleep(moments.uniform(0.0, 0.2))
         process.kill()
         process.join()
         files = newest_checkpoint(tmp_path)
-        assert_whole(files, files.step)
+        assert files.step >= step
+        step = files.step
+        assert_whole(files, step)
         remove_temporary(tmp_path)
         assert not list(tmp_path.glob("*.tmp"))
+    assert step > 0
 
 
 def _save_with_little_room(run_dir, errors):
@@ -339,8 +361,8 @@ def _save_with_little_room(run_dir, errors):
 
 def test_a_write_that_fails_is_explained_in_one_line_and_harms_no_older_checkpoint(tmp_path):
     save(tmp_path, 1)
-    errors = FORK.Queue()
-    process = FORK.Process(target=_save_with_little_room, args=(tmp_path, errors))
+    errors = PROCESSES.Queue()
+    process = PROCESSES.Process(target=_save_with_little_room, args=(tmp_path, errors))
     process.start()
     message = errors.get(timeout=60)
     process.join()

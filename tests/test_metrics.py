@@ -255,10 +255,10 @@ def test_a_wandb_that_hangs_does_not_hold_up_the_run(
         write.log({"loss": 0.5}, step)
         time.sleep(0.0001)
     write.close()
-    released.set()
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 30
     assert len(read_metrics(tmp_path)) == 300
     assert len(caplog.records) == 1
+    released.set()  # the thread ends
 
 
 def test_disabled_means_that_wandb_is_not_even_imported(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Numbered run folders and what --resume_ckpt means."""
 
-import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -47,23 +46,26 @@ def test_a_gap_is_not_filled(tmp_path):
     assert create_run(tmp_path).name == "0006"
 
 
-def _create_many(folder, barrier, results):
-    barrier.wait()
-    results.put([create_run(folder).name for _ in range(50)])
+CREATE_MANY = """
+import sys
+from glide_finetune.runs import create_run
+print("ready", flush=True)
+sys.stdin.readline()
+print(*[create_run(sys.argv[1]).name for _ in range(100)])
+"""
 
 
 def test_processes_that_start_at_once_never_share_a_run(tmp_path):
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(4), context.Queue()
-    processes = [
-        context.Process(target=_create_many, args=(tmp_path, barrier, results)) for _ in range(4)
-    ]
+    command = [sys.executable, "-c", CREATE_MANY, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
     for process in processes:
-        process.start()
-    names = [name for _ in processes for name in results.get(timeout=60)]
+        assert process.stdout.readline() == "ready\n"
     for process in processes:
-        process.join()
-    assert sorted(names) == [f"{number:04d}" for number in range(200)]
+        process.stdin.write("\n")
+        process.stdin.flush()
+    names = [name for process in processes for name in process.communicate(timeout=60)[0].split()]
+    assert sorted(names) == [f"{number:04d}" for number in range(400)]
 
 
 def test_a_checkpoints_folder_that_is_a_file_is_named_in_one_line(tmp_path):
