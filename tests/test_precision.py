@@ -1,0 +1,114 @@
+"""Training in half precision."""
+
+import pytest
+import torch
+
+from glide_finetune.fp16_util import Precision
+from glide_finetune.glide_util import sample
+from tiny_training import (
+    SIDE,
+    assert_same_weights,
+    tiny_batch,
+    tiny_model,
+    tiny_trainer,
+    weights_of,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def losses_of_run(folder, precision, steps, **settings):
+    trainer = tiny_trainer(folder, precision=precision, **settings)
+    return [trainer.train_step([tiny_batch(4, seed=step)])["loss"] for step in range(steps)]
+
+
+def assert_ends_within_2_percent(losses, reference):
+    last = max(10, len(reference) // 6)
+    mean, want = sum(losses[-last:]) / last, sum(reference[-last:]) / last
+    start = sum(reference[:last]) / last
+    print(f"loss {start:.4f} -> {want:.4f} in float32, {mean:.4f} in half precision")
+    assert want < 0.9 * start  # something was learnt
+    assert mean == pytest.approx(want, rel=0.02)
+
+
+def test_bf16_learns_as_float32_does(tmp_path):
+    reference = losses_of_run(tmp_path, "fp32", 50)
+    assert_ends_within_2_percent(losses_of_run(tmp_path, "bf16", 50), reference)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_weights_gradients_moments_and_average_stay_float32(tmp_path, precision):
+    trainer = tiny_trainer(tmp_path, precision=precision, ema_rate=0.9)
+    dtypes = set()
+
+    def remember(*_):
+        dtypes.update(p.grad.dtype for p in trainer.model.parameters())
+
+    trainer.optimizer.register_step_pre_hook(remember)
+    seen = []
+    trainer.model.middle_block.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+    trainer.train_step([tiny_batch(2)])
+    tensors = [*trainer.model.parameters(), *trainer.ema.model_state().values()]
+    for state in trainer.optimizer.state.values():
+        tensors += state.values()
+    assert dtypes | {tensor.dtype for tensor in tensors} == {torch.float32}
+    assert seen == [{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]]
+
+
+def test_an_fp16_overflow_halves_the_scale_and_training_goes_on(tmp_path):
+    trainer = tiny_trainer(tmp_path, precision="fp16", ema_rate=0.9)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    weights = weights_of(trainer.model)
+    for skipped in (1, 2):
+        metrics = trainer.train_step([tiny_batch(1)])
+        assert metrics["skipped_steps"] == skipped
+        assert trainer.scaler.get_scale() == 2.0 ** (60 - skipped)
+        assert_same_weights(weights_of(trainer.model), weights)
+        assert trainer.ema.updates == 0
+
+    trainer.scaler.update(1024.0)
+    assert trainer.train_step([tiny_batch(1)])["skipped_steps"] == 2
+    assert trainer.scaler.get_scale() == 1024.0
+    assert trainer.progress.skipped_in_a_row == 0
+    assert trainer.ema.updates == 1
+    assert not torch.equal(trainer.model.out[2].weight, weights["out.2.weight"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_samples_drawn_in_half_precision_are_those_of_float32(precision):
+    model, _, options = tiny_model()
+    pictures = {}
+    for name in ("fp32", precision):
+        torch.manual_seed(0)
+        with Precision(name, torch.device("cpu")).autocast():
+            pictures[name] = sample(
+                model, options, SIDE, SIDE, "a cat", 2, prediction_respacing="8"
+            )
+    assert pictures[precision].dtype == torch.float32
+    difference = (pictures[precision] - pictures["fp32"]).square().mean().sqrt()
+    assert difference < 0.02, difference
+
+
+SMALL = {
+    "options": {
+        "num_channels": 64,
+        "num_res_blocks": 2,
+        "attention_resolutions": "16,8",
+        "num_head_channels": 32,
+        "xf_width": 64,
+        "xf_layers": 4,
+    }
+}
+
+
+@pytest.mark.slow
+def test_300_steps_of_a_larger_model_in_bf16_end_where_float32_does(tmp_path):
+    settings = {"load": SMALL, "warmup_steps": 20, "learning_rate": 3e-4}
+    reference = losses_of_run(tmp_path, "fp32", 300, **settings)
+    assert_ends_within_2_percent(losses_of_run(tmp_path, "bf16", 300, **settings), reference)
+
+
+@pytest.mark.slow
+def test_300_steps_in_fp16_end_where_float32_does(tmp_path):
+    reference = losses_of_run(tmp_path, "fp32", 300)
+    assert_ends_within_2_percent(losses_of_run(tmp_path, "fp16", 300), reference)

@@ -1,0 +1,424 @@
+"""The training loop."""
+
+import logging
+from unittest import mock
+
+import pytest
+import torch
+
+from glide_finetune import trainer as trainer_module
+from glide_finetune.batch_losses import batch_losses
+from glide_finetune.checkpoints import newest_checkpoint, read_training_state
+from glide_finetune.glide_finetune import base_train_step
+from glide_finetune.metrics import MetricsLog, read_metrics
+from glide_finetune.trainer import Progress, TrainingDiverged
+from glide_finetune.weights import load_weights
+from tiny_training import (
+    assert_same_weights,
+    tiny_batch,
+    tiny_model,
+    tiny_trainer,
+    weights_of,
+)
+
+
+class Batches:
+    """A loader as `make_dataloader` gives one: other batches in every epoch, enterable anywhere."""
+
+    def __init__(self, count, **keywords):
+        self.count, self.keywords, self.epoch, self.start = count, keywords, 0, 0
+        self.given = []
+
+    def set_epoch(self, epoch, start_batch=0):
+        self.epoch, self.start = epoch, start_batch
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        for place in range(self.start, self.count):
+            self.given.append((self.epoch, place))
+            yield tiny_batch(2, seed=100 * self.epoch + place, **self.keywords)
+
+
+class Stream(Batches):
+    """One whose length is not known."""
+
+    __len__ = None
+
+
+def fixed_draws(monkeypatch):
+    """Let timesteps and noise follow from the sample instead of the place in the batch."""
+
+    def losses(model, diffusion, batch, device, **keywords):
+        keywords["timesteps"], keywords["noise"] = batch[0][:, 0], batch[2].flip(3) * 2
+        return batch_losses(model, diffusion, batch, device, **keywords)
+
+    monkeypatch.setattr(trainer_module, "batch_losses", losses)
+
+
+def gradients_of_step(trainer, batches):
+    """Metrics and gradients of one step, which is not made."""
+    found = {}
+
+    def remember(optimizer, *_):
+        for name, parameter in trainer.model.named_parameters():
+            found[name] = parameter.grad.clone()
+
+    trainer.optimizer.register_step_pre_hook(remember)
+    return trainer.train_step(batches), found
+
+
+# ------------------------------------------------------------------------------------ one step
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 1), (1, 1, 1, 1)])
+def test_accumulated_batches_have_the_loss_and_gradient_of_one_large_batch(
+    tmp_path, monkeypatch, sizes
+):
+    fixed_draws(monkeypatch)
+    whole = tiny_batch(4)
+    parts = [list(part) for part in zip(*(part.split(sizes) for part in whole), strict=True)]
+    settings = {"load": {"options": {"dropout": 0.0}}, "max_grad_norm": 0.0}
+    want_metrics, want = gradients_of_step(tiny_trainer(tmp_path, **settings), [whole])
+    got_metrics, got = gradients_of_step(tiny_trainer(tmp_path, **settings), parts)
+    for name, metric in want_metrics.items():
+        assert got_metrics[name] == pytest.approx(metric, rel=1e-4), name
+    largest = max(gradient.abs().max() for gradient in want.values())
+    for name, gradient in want.items():
+        assert torch.allclose(got[name], gradient, atol=1e-6 * largest), name
+
+
+def test_every_accumulated_batch_has_draws_of_its_own(tmp_path, monkeypatch):
+    seen = []
+
+    def watched(*args, **keywords):
+        losses, timesteps = batch_losses(*args, **keywords)
+        seen.append(tuple(timesteps.tolist()))
+        return losses, timesteps
+
+    monkeypatch.setattr(trainer_module, "batch_losses", watched)
+    trainer = tiny_trainer(tmp_path)
+    for _ in range(2):
+        trainer.train_step([tiny_batch(), tiny_batch()])
+    assert len(set(seen)) == 4
+
+
+def test_metrics_of_a_step_are_means_over_its_samples(tmp_path, monkeypatch):
+    fixed_draws(monkeypatch)
+    trainer = tiny_trainer(tmp_path, load={"options": {"dropout": 0.0}})
+    batch = tiny_batch(4)
+    batch[0][:, 0] = torch.tensor([249, 250, 999, 600])
+    losses, _ = trainer_module.batch_losses(trainer.model, trainer.diffusion, batch, "cpu")
+    metrics = trainer.train_step([batch])
+    assert metrics["loss"] == pytest.approx(losses.loss.mean().item(), rel=1e-5)
+    assert metrics["vb"] == pytest.approx(losses.vb.mean().item(), rel=1e-5)
+    assert metrics["mse_q0"] == pytest.approx(losses.mse[0].item(), rel=1e-5)
+    assert metrics["mse_q1"] == pytest.approx(losses.mse[1].item(), rel=1e-5)
+    assert metrics["mse_q2"] == pytest.approx(losses.mse[3].item(), rel=1e-5)
+    assert metrics["mse_q3"] == pytest.approx(losses.mse[2].item(), rel=1e-5)
+    assert "vb" not in tiny_trainer(tmp_path, vlb_weight=0.0).train_step([batch])
+
+
+@pytest.mark.parametrize(("limit", "want"), [(0.01, 0.01), (0.0, None), (1e6, None)])
+def test_gradients_are_shortened_to_the_largest_norm(tmp_path, limit, want):
+    metrics, gradients = gradients_of_step(
+        tiny_trainer(tmp_path, max_grad_norm=limit), [tiny_batch()]
+    )
+    norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
+    assert metrics["grad_norm"] > 0.02  # before it is shortened
+    assert norm == pytest.approx(want or metrics["grad_norm"], rel=1e-3)
+
+
+def test_the_learning_rate_follows_warm_up_and_cosine_to_the_last_step(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path,
+        learning_rate=0.1,
+        warmup_steps=2,
+        lr_schedule="cosine",
+        epochs=3,
+        gradient_accumulation_steps=2,
+        log=MetricsLog(tmp_path),
+    )
+    trainer.train(Batches(3))  # two steps an epoch, the second of one batch
+    rates = [line["lr"] for line in read_metrics(tmp_path)]
+    assert rates == pytest.approx([0.05, 0.1, 0.1, 0.0853553, 0.05, 0.0146447], rel=1e-5)
+
+
+def test_a_checkpointed_model_has_the_same_gradients_with_dropout_on(tmp_path, monkeypatch):
+    settings = {"dropout": 0.3, "xf_layers": 2}
+    found = {}
+    for checkpointing in (False, True):
+        model, diffusion, _ = tiny_model(options=settings, activation_checkpointing=checkpointing)
+        assert model.activation_checkpointing == checkpointing
+        saved_bytes = 0
+
+        def count(tensor):
+            nonlocal saved_bytes
+            if not isinstance(tensor, torch.nn.Parameter):
+                saved_bytes += tensor.nbytes
+            return tensor
+
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = base_train_step(model, diffusion, tiny_batch(), "cpu", vlb_weight=0.001)
+        forward_bytes = saved_bytes
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        found[checkpointing] = loss.item(), forward_bytes, gradients
+    (loss, kept, want), (same_loss, kept_less, got) = found[False], found[True]
+    print(
+        f"saved for the backward pass: {kept / 1e6:.2f} MB, checkpointed {kept_less / 1e6:.2f} MB"
+    )
+    assert same_loss == loss
+    assert kept_less < 0.5 * kept
+    for name, gradient in want.items():
+        assert torch.allclose(got[name], gradient, rtol=1e-5, atol=1e-7), name
+
+
+# ------------------------------------------------------------------------------ numbers gone wrong
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_skipped_counted_and_named(tmp_path, caplog, bad):
+    trainer = tiny_trainer(tmp_path, ema_rate=0.9)
+    good = tiny_batch(2, seed=1, keys=True)
+    poisoned = tiny_batch(2, seed=2, keys=True)
+    poisoned[2][1, 0, 0, 0] = bad
+    assert trainer.train_step([good])["skipped_steps"] == 0
+    weights, average = weights_of(trainer.model), weights_of_average(trainer)
+    moments = read_moments(trainer)
+
+    metrics = trainer.train_step([good, poisoned])
+
+    assert metrics["skipped_steps"] == 1
+    assert not torch.tensor(metrics["loss"]).isfinite()
+    assert_same_weights(weights_of(trainer.model), weights)
+    assert_same_weights(weights_of_average(trainer), average)
+    assert_same_weights(read_moments(trainer), moments)
+    assert trainer.ema.updates == 1
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "step 2 skipped" in record.getMessage()
+    assert "1-0.png, 1-1.png, 2-0.png, 2-1.png" in record.getMessage()
+
+    metrics = trainer.train_step([good])
+    assert metrics["skipped_steps"] == 1
+    assert not torch.equal(trainer.model.out[2].weight, weights["out.2.weight"])
+    assert trainer.progress == Progress(
+        batch=4, step=3, images=8, skipped_steps=1, skipped_in_a_row=0
+    )
+
+
+def weights_of_average(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.ema.model_state().items()}
+
+
+def read_moments(trainer):
+    return {
+        f"{index} {name}": tensor.clone()
+        for index, state in trainer.optimizer.state_dict()["state"].items()
+        for name, tensor in state.items()
+    }
+
+
+def test_a_run_that_stays_bad_stops_with_advice_and_its_last_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "MAX_BAD_STEPS", 4)
+
+    class Poisoned(Batches):
+        def __iter__(self):
+            for place, batch in enumerate(super().__iter__()):
+                if place >= 2:
+                    batch[2].fill_(float("nan"))
+                yield batch
+
+    trainer = tiny_trainer(tmp_path, save_checkpoint_interval=2, keep_checkpoints=0)
+    with pytest.raises(TrainingDiverged, match="lower --learning_rate"):
+        trainer.train(Poisoned(100))
+    assert trainer.progress.step == 5
+    weights = torch.load(tmp_path / "glide-ft-0x2.pt", weights_only=True)
+    assert_same_weights(weights, weights_of(trainer.model))
+
+
+# --------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_logs_saves_and_looks_at_its_samples_when_it_is_time(tmp_path):
+    drawn, validated = [], []
+    trainer = tiny_trainer(
+        tmp_path,
+        epochs=2,
+        log_frequency=4,
+        eval_interval=3,
+        save_checkpoint_interval=5,
+        keep_checkpoints=0,
+        log=MetricsLog(tmp_path),
+        draw_samples=lambda t: drawn.append(t.progress.step),
+        validate=lambda t: validated.append(t.progress.step) or {"val/loss": 0.5},
+    )
+    trainer.train(Batches(5))
+    assert drawn == [4, 8, 10]  # the last is the end
+    assert validated == [3, 6, 9, 10]
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert [line["epoch"] for line in lines] == [0] * 5 + [1] * 5
+    assert [line["step"] for line in lines if "val/loss" in line] == validated
+    assert lines[-1]["images_per_second"] > 0
+    assert lines[-1]["memory_gb"] > 0
+    assert sorted(path.name for path in tmp_path.glob("glide-ft-*.pt")) == [
+        "glide-ft-0x5.pt",
+        "glide-ft-1x10.pt",
+    ]
+
+
+def test_intervals_of_zero_mean_never(tmp_path):
+    drawn = []
+    trainer = tiny_trainer(tmp_path, log_frequency=0, epochs=1, save_checkpoint_interval=0)
+    trainer.train(Stream(2))
+    assert drawn == []
+    assert [path.name for path in tmp_path.glob("glide-ft-*.pt")] == ["glide-ft-1x2.pt"]
+
+
+@pytest.mark.parametrize("kind", [Batches, Stream])
+def test_max_steps_ends_a_run_in_the_middle_of_an_epoch(tmp_path, kind):
+    drawn = []
+    trainer = tiny_trainer(
+        tmp_path, max_steps=4, draw_samples=lambda t: drawn.append(t.progress.step)
+    )
+    trainer.train(kind(3))
+    assert trainer.progress == Progress(epoch=1, batch=1, step=4, images=8)
+    assert drawn == [4]
+
+
+def test_a_short_last_group_makes_a_step_of_its_own(tmp_path):
+    trainer = tiny_trainer(tmp_path, epochs=2, gradient_accumulation_steps=2)
+    trainer.train(Batches(3))
+    assert trainer.progress == Progress(epoch=2, batch=0, step=4, images=12)
+
+
+def test_a_request_to_stop_saves_after_the_step_without_drawing(tmp_path):
+    drawn = []
+    trainer = tiny_trainer(tmp_path, draw_samples=lambda t: drawn.append(t), log_frequency=100)
+    step = trainer.train_step
+
+    def stop_in_third(batches):
+        trainer.stop_requested = trainer.progress.step == 2
+        return step(batches)
+
+    with mock.patch.object(trainer, "train_step", stop_in_third):
+        trainer.train(Batches(10))
+    assert trainer.progress.step == 3
+    assert drawn == []
+    assert newest_checkpoint(tmp_path).step == 3
+
+
+@pytest.mark.parametrize("kind", [Batches, Stream])
+def test_data_without_a_batch_is_a_clear_error(tmp_path, kind):
+    with pytest.raises(ValueError, match="gave no batch"):
+        tiny_trainer(tmp_path).train(kind(0))
+
+
+def test_a_run_that_is_finished_says_so_and_stays_as_it_is(tmp_path, caplog):
+    trainer = tiny_trainer(tmp_path, epochs=1)
+    trainer.train(Batches(2))
+    again = resumed(tmp_path, epochs=1)
+    loader = Batches(2)
+    again.train(loader)
+    assert loader.given == []
+    assert "raise --max_steps or --epochs" in caplog.text
+    assert again.progress == trainer.progress
+
+
+# -------------------------------------------------------------------------------------- resuming
+
+
+def resumed(folder, model_type="base", **settings):
+    trainer = tiny_trainer(folder, model_type, **settings)
+    files = newest_checkpoint(folder)
+    load_weights(trainer.model, files.weights)
+    trainer.restore(files)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("model_type", "precision", "stop_at"),
+    [
+        ("base", "fp32", 1),
+        ("base", "bf16", 3),  # at the end of an epoch
+        ("base", "fp16", 2),
+        ("upsample", "fp32", 4),
+    ],
+)
+def test_a_resumed_run_ends_bit_for_bit_where_one_that_never_stopped_does(
+    tmp_path, model_type, precision, stop_at
+):
+    settings = {
+        "precision": precision,
+        "epochs": 2,
+        "gradient_accumulation_steps": 2,
+        "ema_rate": 0.99,
+        "lr_schedule": "cosine",
+        "warmup_steps": 2,
+        "adam_weight_decay": 0.01,
+    }
+    upsample = model_type == "upsample"
+    folders = [tmp_path / name for name in ("whole", "parts")]
+    for folder in folders:
+        folder.mkdir()
+    whole = tiny_trainer(folders[0], model_type, log=MetricsLog(folders[0]), **settings)
+    whole.train(Batches(5, upsample=upsample))  # three steps an epoch
+
+    first = tiny_trainer(folders[1], model_type, log=MetricsLog(folders[1]), **settings)
+    step = first.train_step
+
+    def stop(batches):
+        first.stop_requested = first.progress.step + 1 == stop_at
+        return step(batches)
+
+    first.train_step = stop
+    first.train(Batches(5, upsample=upsample))
+    assert first.progress.step == stop_at
+
+    torch.manual_seed(999)
+    log = MetricsLog(folders[1], resume_step=stop_at)
+    second = resumed(folders[1], model_type, log=log, **settings)
+    second.train(Batches(5, upsample=upsample))
+
+    assert second.progress == whole.progress
+    assert second.scaler.state_dict() == whole.scaler.state_dict()
+    assert_same_weights(weights_of(second.model), weights_of(whole.model))
+    assert_same_weights(weights_of_average(second), weights_of_average(whole))
+    assert_same_weights(read_moments(second), read_moments(whole))
+    histories = [
+        [(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(folder)]
+        for folder in folders
+    ]
+    assert histories[0] == histories[1]
+
+
+def test_counts_of_skipped_steps_survive_a_resume(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    batch = tiny_batch()
+    batch[2].fill_(float("inf"))
+    trainer.train_step([batch])
+    trainer.save()
+    state = read_training_state(newest_checkpoint(tmp_path).training_state)
+    assert state["progress"]["skipped_steps"] == 1
+    assert resumed(tmp_path).progress == trainer.progress
+
+
+def test_a_run_may_go_on_in_another_precision(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.train_step([tiny_batch()])
+    trainer.save()
+    again = resumed(tmp_path, precision="fp16")
+    assert again.train_step([tiny_batch()])["skipped_steps"] == 0
+
+
+def test_a_typed_weight_decay_wins_over_that_of_the_checkpoint(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.train_step([tiny_batch()])
+    trainer.save()
+    again = resumed(tmp_path, adam_weight_decay=0.5, learning_rate=1e-5)
+    assert again.optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert again.train_step([tiny_batch()])["lr"] == pytest.approx(1e-5)
