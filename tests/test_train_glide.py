@@ -1,0 +1,410 @@
+"""train_glide.py from the outside: real processes where that matters, otherwise `main`."""
+
+import io
+import json
+import logging
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from glide_finetune import training_run
+from glide_finetune.checkpoints import newest_checkpoint
+from glide_finetune.metrics import read_metrics
+from glide_finetune.model_options import training_options
+from glide_text2im.model_creation import create_model_and_diffusion
+from train_glide import main
+
+ROOT = Path(__file__).parent.parent
+SMALL_MODEL = shlex.split(
+    "--model_preset tiny --init scratch --model_options xf_width=16 text_ctx=16 "
+    "--side_x 8 --side_y 8 --device cpu --num_workers 0"
+)
+# Five steps an epoch: one image of eleven is held back, two make a step.
+EXACT = shlex.split(
+    "--batch_size 1 --gradient_accumulation_steps 2 --epochs 5 --learning_rate 1e-3 --ema_rate 0.9 "
+    "--warmup_steps 4 --val_fraction 1e-9 --eval_interval 5 --random_hflip --uncond_p 0.3 "
+    "--log_frequency 20 --test_prompt patch --save_checkpoint_interval 7"
+)
+LAST_STEP = 25
+NOT_OF_THE_RUN = ("images_per_second", "memory_gb")  # metrics that differ from machine to machine
+
+
+@pytest.fixture(autouse=True)
+def _here(place, monkeypatch):
+    """In the folder, without wandb, and with as many threads as the processes get."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """The folder that commands run in, with a data folder and the same data as a shard."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "data").mkdir()
+    (folder / "tars").mkdir()
+    with tarfile.open(folder / "tars" / "0.tar", "w") as tar:
+        for index in range(11):
+            picture = Image.effect_noise((20 + index, 24), 80).convert("RGB")
+            picture.putpixel((0, 0), (index, 0, 0))
+            caption = f"patch {index}\nthe patch of number {index}\n"
+            metadata = {"similarity": 0.3, "NSFW": "UNLIKELY", "width": 20 + index, "height": 24}
+            picture.save(folder / "data" / f"{index}.png")
+            (folder / "data" / f"{index}.txt").write_text(caption)
+            image = io.BytesIO()
+            picture.save(image, "jpeg")
+            for suffix, content in (
+                ("jpg", image.getvalue()),
+                ("txt", caption.encode()),
+                ("json", json.dumps(metadata).encode()),
+            ):
+                member = tarfile.TarInfo(f"{index:03d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def start(place: Path, *argv: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train_glide.py"), *argv],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
+    )  # fmt: skip
+
+
+def train(place: Path, *argv: str) -> str:
+    """Train in a process of its own; returns what it printed."""
+    process = start(place, *argv)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
+    """Until the metrics of `count` steps are written."""
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def whole(place) -> Path:
+    """A run that is never interrupted; its output is in stdout.txt."""
+    out = train(place, *SMALL_MODEL, *EXACT, "--data_dir", "data", "--checkpoints_dir", "whole")
+    run = place / "whole" / "0000"
+    (run / "stdout.txt").write_text(out)
+    return run
+
+
+def load(path: Path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(first, second) -> None:
+    """Bit for bit, through dicts and lists."""
+    assert type(first) is type(second)
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for a, b in zip(first, second, strict=True):
+            assert_same(a, b)
+    else:
+        assert first == second
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    for name in ("glide-ft-5x25.pt", "glide-ft-5x25-ema.pt", "training-state-5x25.pt"):
+        assert_same(load(run / name), load(whole / name))
+    mine, theirs = (
+        [{k: v for k, v in line.items() if k not in NOT_OF_THE_RUN} for line in read_metrics(path)]
+        for path in (run, whole)
+    )
+    assert mine == theirs
+
+
+def as_if_killed(whole: Path, run: Path, step: int) -> Path:
+    """A copy of a run as it was when its checkpoint of `step` was the newest."""
+    run.mkdir(parents=True)
+    for path in whole.iterdir():
+        match = re.search(r"-[0-9]+x([0-9]+)", path.name)
+        if path.is_file() and not (match and int(match[1]) > step):
+            shutil.copy(path, run)
+    return run
+
+
+class TestRun:
+    def test_a_run_leaves_its_settings_metrics_and_samples(self, whole):
+        args = json.loads((whole / "args.json").read_text())
+        assert args["learning_rate"] == 1e-3
+        assert args["model_preset"] == "tiny"
+        lines = read_metrics(whole)
+        assert [line["step"] for line in lines] == list(range(1, LAST_STEP + 1))
+        for line in lines:
+            assert math.isfinite(line["loss"])
+            assert {"mse", "vb", "grad_norm", "lr", "epoch", *NOT_OF_THE_RUN} <= line.keys()
+            assert ("val/loss" in line) == ("val_ema/loss" in line) == (line["step"] % 5 == 0)
+        assert [line["lr"] for line in lines[:5]] == [2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3]
+        assert any("mse_q0" in line for line in lines)
+        assert sorted(path.name for path in (whole / "samples").iterdir()) == [
+            "00000020.png",
+            "00000025.png",
+        ]
+        with Image.open(whole / "samples" / "00000025.png") as grid:
+            assert grid.width >= 128  # an 8 x 8 picture, enlarged, with its label
+
+    def test_a_run_says_what_it_does(self, whole):
+        out = (whole / "stdout.txt").read_text()
+        assert "base model" in out
+        assert "10 images of data, at 8x8; 1 to validate on" in out
+        assert "finished at step 25; everything is in whole/0000" in out
+
+    def test_its_weights_fit_a_freshly_made_model(self, whole):
+        options = json.loads((whole / "glide-ft-5x25.json").read_text())["model_options"]
+        model, _ = create_model_and_diffusion(**options)
+        weights = load(whole / "glide-ft-5x25.pt")
+        model.load_state_dict(weights)
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+        averaged = load(whole / "glide-ft-5x25-ema.pt")
+        model.load_state_dict(averaged)
+        assert any(not torch.equal(weights[name], averaged[name]) for name in weights)
+
+    def test_its_checkpoints_are_numbered_by_epoch_and_step(self, whole):
+        names = [f"glide-ft-{name}.pt" for name in ("1x7", "2x14", "4x21", "5x25")]
+        assert sorted(path.name for path in whole.glob("glide-ft-*[0-9].pt")) == names
+        progress = load(whole / "training-state-1x7.pt")["progress"]
+        assert (progress["epoch"], progress["batch"], progress["images"]) == (1, 4, 14)
+
+    def test_runs_are_numbered(self, place):
+        words = [*SMALL_MODEL, "--checkpoints_dir", "numbered", "--max_steps", "1"]
+        for number in ("0000", "0001"):
+            assert main([*words, "--log_frequency", "0"]) == 0
+            assert (place / "numbered" / number / "glide-ft-0x1.pt").exists()
+
+    def test_a_dry_run_prints_the_settings_and_writes_nothing(self, place, tmp_path):
+        before = sorted(place.iterdir())
+        out = train(place, "--data_dir", "data", "--dry_run", "--train_upsample", "-bs", "3")
+        settings = json.loads(out)
+        assert (settings["batch_size"], settings["uncond_p"]) == (3, 0.0)
+        assert sorted(place.iterdir()) == before
+
+
+class TestResuming:
+    def test_a_run_killed_in_mid_epoch_goes_on_bit_for_bit(self, place, whole, caplog):
+        caplog.set_level(logging.INFO)
+        run = as_if_killed(whole, place / "killed" / "0000", 7)
+        (run / "glide-ft-1x8.pt.tmp").write_text("half")
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write('{"step": 26, "lo')
+        assert main(["--resume_ckpt", "killed/0000"]) == 0
+        assert "from step 7" in caplog.text
+        assert "other settings" not in caplog.text
+        assert_same_run(run, whole)
+        assert not list(run.glob("*.tmp"))
+
+    def test_a_run_asked_to_stop_saves_and_goes_on_bit_for_bit(self, place, whole):
+        words = ["--data_dir", "data", "--checkpoints_dir", "asked", "--resume_ckpt", "auto"]
+        process = start(place, *SMALL_MODEL, *EXACT, *words)
+        run = place / "asked" / "0000"
+        wait_for_steps(run, 2, process)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM
+        assert "stopping after this step" in err
+        step = newest_checkpoint(run).step
+        assert 2 <= step < LAST_STEP
+        assert f"saved at step {step}" in out
+        assert "python train_glide.py --resume_ckpt asked/0000" in out
+        assert main([*SMALL_MODEL, *EXACT, *words]) == 0
+        assert_same_run(run, whole)
+        assert [path.name for path in run.parent.iterdir()] == ["0000"]
+
+    @pytest.mark.slow
+    def test_a_second_ctrl_c_leaves_at_once(self, place):
+        words = ["--checkpoints_dir", "twice", "--log_frequency", "1", "--test_batch_size", "64"]
+        process = start(place, *SMALL_MODEL, *words)
+        run = place / "twice" / "0000"
+        wait_for_steps(run, 1, process)  # now it draws for many seconds
+        process.send_signal(signal.SIGINT)
+        while "press Ctrl-C again" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert err.endswith("train_glide.py: interrupted\n")
+        assert newest_checkpoint(run) is None
+
+    def test_a_finished_run_says_so(self, place, whole, caplog):
+        run = as_if_killed(whole, place / "finished" / "0000", LAST_STEP)
+        assert main(["--resume_ckpt", str(run)]) == 0
+        assert "nothing left to train" in caplog.text
+        assert "25 steps" in caplog.text
+        assert_same_run(run, whole)
+
+    def test_changed_settings_are_named_and_used(self, place, whole, caplog):
+        run = as_if_killed(whole, place / "changed" / "0000", 7)
+        words = ["-lr", "2e-3", "--adam_weight_decay", "0.1", "--max_steps", "9"]
+        assert main(["--resume_ckpt", str(run), *words, "--log_frequency", "0"]) == 0
+        (warning,) = [text for text in caplog.messages if "other settings" in text]
+        assert "learning_rate 0.001 -> 0.002" in warning
+        assert "max_steps 0 -> 9" in warning
+        assert "batch_size" not in warning
+        assert [line["lr"] for line in read_metrics(run)[7:]] == [2e-3, 2e-3]
+        (group,) = load(run / "training-state-1x9.pt")["optimizer"]["param_groups"]
+        assert group["weight_decay"] == 0.1
+        assert json.loads((run / "args.json").read_text())["learning_rate"] == 2e-3
+
+    def test_a_run_without_a_checkpoint_begins_again_as_it_began(self, place, whole, caplog):
+        caplog.set_level(logging.INFO)
+        given = str(whole / "glide-ft-1x7.pt")
+        words = ["--resume_ckpt", given, "--checkpoints_dir", "early", "--log_frequency", "0"]
+        assert main([*SMALL_MODEL, *words, "--ema_rate", "0.9", "--max_steps", "8"]) == 0
+        run = place / "early" / "0000"
+        first = load(run / "glide-ft-1x8.pt")
+        for path in run.glob("glide-ft-*"):
+            path.unlink()
+        caplog.clear()
+        assert main(["--resume_ckpt", str(run)]) == 0
+        assert "from step 7" in caplog.text
+        assert_same(load(run / "glide-ft-1x8.pt"), first)
+        assert json.loads((run / "args.json").read_text())["resume_ckpt"] == given
+        description = json.loads((run / "glide-ft-1x8.json").read_text())
+        assert description["trained_from"] == given
+
+
+class TestStartingFromWeights:
+    def from_file(self, folder: str, weights: Path, *argv: str) -> int:
+        # no preset: the description beside the file tells the model
+        words = ["--side_x", "8", "--side_y", "8", "--device", "cpu", "--num_workers", "0"]
+        words += ["--checkpoints_dir", folder, "--log_frequency", "0", "--resume_ckpt"]
+        return main([*words, str(weights), *argv])
+
+    def test_a_new_run_takes_the_training_state_beside_the_file(self, place, whole):
+        same = [*EXACT, "--max_steps", "9", "--data_dir", "data"]
+        assert self.from_file("stated", whole / "glide-ft-1x7.pt", *same) == 0
+        lines = read_metrics(place / "stated" / "0000")
+        assert [line["step"] for line in lines] == [8, 9]
+        for line, theirs in zip(lines, read_metrics(whole)[7:9], strict=True):
+            assert line["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+    def test_weights_only_leaves_the_training_state(self, place, whole):
+        weights = whole / "glide-ft-1x7.pt"
+        assert self.from_file("fresh", weights, "--weights_only", "--max_steps", "1") == 0
+        assert [line["step"] for line in read_metrics(place / "fresh" / "0000")] == [1]
+
+    def test_averaged_weights_come_without_a_training_state(self, place, whole):
+        assert self.from_file("averaged", whole / "glide-ft-1x7-ema.pt", "--max_steps", "1") == 0
+        assert [line["step"] for line in read_metrics(place / "averaged" / "0000")] == [1]
+
+    @pytest.mark.parametrize("part", ["transformer", "diffusion"])
+    def test_a_frozen_part_stays_bit_identical(self, place, whole, part):
+        weights = whole / "glide-ft-1x7.pt"
+        words = [f"--freeze_{part}", "--weights_only", "--max_steps", "2", "-adam_wd", "0.1"]
+        assert self.from_file(f"frozen_{part}", weights, *words) == 0
+        run = place / f"frozen_{part}" / "0000"
+        before, after = load(weights), load(run / "glide-ft-0x2.pt")
+        text = re.compile("transformer|final_ln|token_emb|positional_emb|padding_emb")
+        frozen = {name for name in before if bool(text.match(name)) == (part == "transformer")}
+        assert frozen
+        for name in before:
+            assert torch.equal(before[name], after[name]) == (name in frozen), name
+        state = load(run / "training-state-0x2.pt")["optimizer"]["state"]
+        assert len(state) == len(before) - len(frozen)
+
+    def test_a_training_state_of_other_frozen_parts_is_refused(self, whole, capsys):
+        assert self.from_file("misfit", whole / "glide-ft-1x7.pt", "--freeze_transformer") == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("train_glide.py: error: ")
+        assert "--weights_only" in error
+
+    def test_weights_of_another_kind_are_refused_naming_both(self, place, whole, capsys):
+        shutil.copy(whole / "glide-ft-1x7.pt", place / "undescribed.pt")
+        upsampler = [*SMALL_MODEL, "--train_upsample", "--resume_ckpt", "undescribed.pt"]
+        assert main([*upsampler, "--checkpoints_dir", "kinds"]) == 1
+        (error,) = capsys.readouterr().err.splitlines()
+        assert "undescribed.pt holds a model of kind base, wanted is upsample" in error
+        assert not (place / "kinds").exists()
+
+    def test_without_network_the_error_says_what_to_do(self, place, capsys, monkeypatch, tmp_path):
+        monkeypatch.setenv("GLIDE_CACHE_DIR", str(tmp_path / "cache"))
+        monkeypatch.setattr("glide_text2im.transfer._RETRY_DELAYS", ())
+        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+            monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
+        assert main(["--data_dir", "data", "--checkpoints_dir", "offline"]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        for part in ("base.pt", str(tmp_path / "cache"), "--resume_ckpt", "--init scratch"):
+            assert part in error
+        assert not (place / "offline").exists()
+
+
+class TestKindsOfRun:
+    def test_the_upsampler_draws_from_a_held_back_image(self, place, caplog):
+        caplog.set_level(logging.INFO)
+        words = ["--train_upsample", "--upscale_factor", "2", "--max_steps", "2", "-freq", "1"]
+        assert main([*SMALL_MODEL, *words, "--checkpoints_dir", "upsampler"]) == 0
+        assert "upsample model" in caplog.text
+        assert "10 images of ./data, at 16x16" in caplog.text
+        run = place / "upsampler" / "0000"
+        assert len(list((run / "samples").glob("*.png"))) == 2
+        assert json.loads((run / "glide-ft-0x2.json").read_text())["kind"] == "upsample"
+
+    def test_an_image_to_upsample_that_is_none_ends_it_before_a_run_is_made(self, place, capsys):
+        words = ["--train_upsample", "--image_to_upsample", "data/0.txt"]
+        assert main([*SMALL_MODEL, *words, "--checkpoints_dir", "no_image"]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "--image_to_upsample" in error
+        assert "data/0.txt" in error
+        assert not (place / "no_image").exists()
+
+    def test_shards_train_too_with_frozen_parts_bf16_and_recomputing(self, place, caplog):
+        caplog.set_level(logging.INFO)
+        words = ["--data_dir", "tars", "--use_webdataset", "--wds_dataset_name", "laion"]
+        words += ["--precision", "bf16", "--activation_checkpointing", "--freeze_transformer"]
+        words += ["--batch_size", "4", "--epochs", "2", "--checkpoints_dir", "shards"]
+        assert main([*SMALL_MODEL, *words]) == 0
+        assert "1 shards of tars" in caplog.text
+        assert [line["step"] for line in read_metrics(place / "shards" / "0000")] == [1, 2, 3, 4]
+
+    def test_a_ctrl_c_before_training_needs_no_traceback(self, monkeypatch, capsys):
+        def interrupt(config):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(training_run, "run", interrupt)
+        assert main(SMALL_MODEL) == 130
+        assert capsys.readouterr().err == "train_glide.py: interrupted\n"
+
+    @pytest.mark.parametrize(("device", "part"), [("cuda:99", "CUDA devices"), ("mps", "mps")])
+    def test_a_device_that_is_not_there_is_one_line(self, device, part):
+        if device == "mps" and torch.backends.mps.is_available():
+            assert training_run.pick_device(device).type == "mps"
+        else:
+            with pytest.raises(ValueError, match=part):
+                training_run.pick_device(device)
+
+    @pytest.mark.parametrize("kind", ["base", "upsample"])
+    def test_the_small_preset_has_about_25_million_parameters(self, kind):
+        with torch.device("meta"):
+            model, _ = create_model_and_diffusion(**training_options(kind, "small", {}))
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(25e6, rel=0.1)
