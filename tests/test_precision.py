@@ -14,8 +14,6 @@ from tiny_training import (
     weights_of,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
 
 def losses_of_run(folder, precision, steps, **settings):
     trainer = tiny_trainer(folder, precision=precision, **settings)
@@ -101,14 +99,19 @@ SMALL = {
 }
 
 
+# The long runs go where training would: to a GPU if there is one.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @pytest.mark.slow
 def test_300_steps_of_a_larger_model_in_bf16_end_where_float32_does(tmp_path):
-    settings = {"load": SMALL, "warmup_steps": 20, "learning_rate": 3e-4}
+    settings = {"load": SMALL, "warmup_steps": 20, "learning_rate": 3e-4, "device": DEVICE}
     reference = losses_of_run(tmp_path, "fp32", 300, **settings)
     assert_ends_within_2_percent(losses_of_run(tmp_path, "bf16", 300, **settings), reference)
 
 
 @pytest.mark.slow
 def test_300_steps_in_fp16_end_where_float32_does(tmp_path):
-    reference = losses_of_run(tmp_path, "fp32", 300)
-    assert_ends_within_2_percent(losses_of_run(tmp_path, "fp16", 300), reference)
+    reference = losses_of_run(tmp_path, "fp32", 300, device=DEVICE)
+    half = losses_of_run(tmp_path, "fp16", 300, device=DEVICE)
+    assert_ends_within_2_percent(half, reference)

@@ -58,10 +58,10 @@ def tiny_batch(size=4, seed=0, upsample=False, keys=False):
     return tuple(batch)
 
 
-def tiny_trainer(folder: Path, model_type="base", *, load=None, log=None, **settings):
+def tiny_trainer(folder: Path, model_type="base", *, load=None, log=None, device="cpu", **settings):
     """A trainer over a tiny model; `load` are keywords of `tiny_model`, `settings` the config's."""
     callbacks = {name: settings.pop(name, None) for name in ("draw_samples", "validate")}
-    model, diffusion, options = tiny_model(model_type, **(load or {}))
+    model, diffusion, options = tiny_model(model_type, device=device, **(load or {}))
     config = TrainConfig(
         **{
             "learning_rate": 1e-3,
@@ -77,7 +77,7 @@ def tiny_trainer(folder: Path, model_type="base", *, load=None, log=None, **sett
         make_optimizer(model, config.learning_rate, config.adam_weight_decay),
         config,
         options=options,
-        device="cpu",
+        device=device,
         run_folder=folder,
         log=log or MetricsLog(None),
         **callbacks,
