@@ -241,6 +241,26 @@ class TestResuming:
         assert_same_run(run, whole)
         assert [path.name for path in run.parent.iterdir()] == ["0000"]
 
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "--data_dir data --train_upsample --upscale_factor 2 --log_frequency 2",
+            "--data_dir tars --use_webdataset --batch_size 2 --log_frequency 0",
+            "--data_dir data --precision bf16 --lr_schedule cosine --log_frequency 0",
+        ],
+        ids=["upsampler", "shards", "bf16"],
+    )
+    def test_other_kinds_of_run_go_on_bit_for_bit_too(self, place, words, request):
+        folder = place / request.node.callspec.id
+        words = [*shlex.split(words), "--gradient_accumulation_steps", "2", "--max_steps", "4"]
+        words += ["--save_checkpoint_interval", "1", "--checkpoints_dir", str(folder)]
+        assert main([*SMALL_MODEL, *words]) == 0
+        run = as_if_killed(folder / "0000", folder / "0001", 1)
+        assert main(["--resume_ckpt", str(run)]) == 0
+        assert newest_checkpoint(run).step == 4
+        for path in sorted((folder / "0000").glob("*x4.pt")):
+            assert_same(load(run / path.name), load(path))
+
     @pytest.mark.slow
     def test_a_second_ctrl_c_leaves_at_once(self, place):
         words = ["--checkpoints_dir", "twice", "--log_frequency", "1", "--test_batch_size", "64"]
