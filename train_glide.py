@@ -22,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes those of the process.
     """
     config = parse_config(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    for package in ("glide_finetune", "glide_text2im"):
+        logging.getLogger(package).setLevel(logging.INFO)
     if config.dry_run:
         print(json.dumps(config.to_dict(), indent=2))
         return 0

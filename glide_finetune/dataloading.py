@@ -7,6 +7,7 @@ middle, where what lies before is not decoded.
 
 import logging
 import math
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -289,4 +290,13 @@ def _loader_settings(num_workers: int, pin_memory: bool) -> dict:
         # DataLoader draws a number at the start of each iteration. From a generator of its own, so
         # that entering an epoch in the middle leaves the training's random state alone.
         "generator": torch.Generator(),
+        "worker_init_fn": _leave_signals_to_the_trainer,
     }
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A job that is asked to stop, all of its processes at once, still needs its batches to end
+    the current step. Workers notice by themselves when the trainer is gone."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # not all of them on Windows
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -157,6 +157,15 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
+# Each takes (diffusion, model, shape, noise=, device=, model_kwargs=) and returns the images.
+SAMPLERS = {
+    "ddpm": GaussianDiffusion.p_sample_loop,
+    "ddim": GaussianDiffusion.ddim_sample_loop,
+    "plms": GaussianDiffusion.plms_sample_loop,
+    "prk": GaussianDiffusion.prk_sample_loop,
+}
+
+
 def sample(
     glide_model: nn.Module,
     glide_options: dict[str, Any],
@@ -172,8 +181,9 @@ def sample(
     upsample_temp: float = 0.997,
     *,
     upscale_factor: int = 4,
+    sampler: str = "",
 ) -> torch.Tensor:
-    """Draw images: PLMS with guidance for the base model, DDIM for the upsampler.
+    """Draw images.
 
     The model's mode, its gradients and whether it caches its text are the same afterwards.
 
@@ -189,41 +199,42 @@ def sample(
             equal to 1 or to the number of images that come out.
         upsample_temp: the upsampler's start noise is multiplied by it.
         upscale_factor: a file is read at the output size divided by it.
+        sampler: ddpm (the only one that uses the learned variance), ddim, plms or prk; by default
+            plms for the base model and ddim for the upsampler.
 
     Returns:
         float32 (captions times batch_size, 3, side_y, side_x) in [-1, 1].
 
     Raises:
-        ValueError: an upsampler without an image, or with a wrong number of them.
+        ValueError: an unknown sampler; an upsampler without an image, or with a wrong number.
     """
+    sampler = sampler or ("ddim" if upsample_enabled else "plms")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     captions = [caption for caption in prompts for _ in range(batch_size)]
+    shape = (len(captions), 3, side_y, side_x)
     diffusion = create_gaussian_diffusion(
         glide_options["diffusion_steps"], glide_options["noise_schedule"], prediction_respacing
     )
-    shape = (len(captions), 3, side_y, side_x)
-    with sampling_mode(glide_model), text_cached(glide_model):
-        if not upsample_enabled:
-            use_guidance = guidance_scale != 1
-            return diffusion.plms_sample_loop(
-                guided(glide_model, guidance_scale) if use_guidance else glide_model,
-                shape,
-                device=device,
-                model_kwargs=_text(
-                    glide_model, glide_options, captions, device, with_empty=use_guidance
-                ),
-            ).clamp(-1, 1)
+
+    with_guidance = guidance_scale != 1 and not upsample_enabled
+    conditions = _text(glide_model, glide_options, captions, device, with_empty=with_guidance)
+    noise = torch.randn(shape, device=device)
+    if upsample_enabled:
         low_res = _low_res(image_to_upsample, side_x, side_y, upscale_factor, len(captions))
-        return diffusion.ddim_sample_loop(
-            glide_model,
+        conditions["low_res"] = low_res.to(device)
+        noise = noise * upsample_temp
+    with sampling_mode(glide_model), text_cached(glide_model):
+        pictures = SAMPLERS[sampler](
+            diffusion,
+            guided(glide_model, guidance_scale) if with_guidance else glide_model,
             shape,
-            noise=torch.randn(shape, device=device) * upsample_temp,
+            noise=noise,
             device=device,
-            model_kwargs={
-                "low_res": low_res.to(device),
-                **_text(glide_model, glide_options, captions, device, with_empty=False),
-            },
-        ).clamp(-1, 1)
+            model_kwargs=conditions,
+        )
+    return pictures.clamp(-1, 1)
 
 
 @contextlib.contextmanager

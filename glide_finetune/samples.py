@@ -92,6 +92,9 @@ class SampleDrawer:
         self.folder = folder
         self.low_res = low_res
         self.respacing = respacing or ("fast27" if config.train_upsample else "50")
+        # Fresh noise in each step mends what a half-trained model gets wrong in the steps before,
+        # but how much of it depends on the variance, which only the bound trains.
+        self.sampler = "ddpm" if config.vlb_weight and not config.train_upsample else "ddim"
         self.prompts = read_prompts(config)
 
     def __call__(self, trainer: "Trainer") -> Path:
@@ -113,6 +116,7 @@ class SampleDrawer:
                 self.respacing,
                 upsample_enabled=self.config.train_upsample,
                 image_to_upsample="" if self.low_res is None else self.low_res,
+                sampler=self.sampler,
             )
         labels = [prompt for prompt in self.prompts for _ in range(self.config.test_batch_size)]
         grid = labelled_grid(pictures, labels)

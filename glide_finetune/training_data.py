@@ -1,6 +1,5 @@
 """The data of a run: batches to train on, images to validate on, one to draw samples from."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,21 +47,16 @@ def make_training_data(
         validation = make(config.val_data_dir, config, options).for_evaluation()
     elif config.val_fraction:
         training, validation = split_validation(training, config.val_fraction, config.seed)
-    if config.train_upsample and config.log_frequency and not config.image_to_upsample:
+    if config.train_upsample and not config.image_to_upsample:
         training, low_res = _held_back_low_res(training, validation, config.seed)
     loader = make_dataloader(
         training,
         config.batch_size,
         seed=config.seed,
-        num_workers=default_workers() if config.num_workers is None else config.num_workers,
+        num_workers=config.num_workers,
         device=device,
     )
     return TrainingData(loader, validation, low_res, _describe(config, training, validation))
-
-
-def default_workers() -> int:
-    """Processes that load data: one less than the cores, as training needs one too; 8 at most."""
-    return min(8, max(1, (os.cpu_count() or 1) - 1))
 
 
 def _folder(

@@ -15,6 +15,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from glide_finetune.bad_samples import BadSample
 from glide_finetune.captions import Tokenizer, decode_caption
+from glide_finetune.config import DATASET_NAMES
 from glide_finetune.sample_recipe import SampleRecipe
 from glide_finetune.seeds import derived_random
 from glide_finetune.shards import Urls, expand_shards, is_remote
@@ -27,8 +28,6 @@ from glide_finetune.wds_filter import (
 )
 
 logger = logging.getLogger(__name__)
-
-DATASET_NAMES = ("laion", "alamy", "generic")
 
 ALAMY_CAPTION = "caption"  # the field of Alamy's metadata
 

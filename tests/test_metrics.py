@@ -296,7 +296,7 @@ def test_the_real_wandb_records_offline_inside_the_run_folder(tmp_path, monkeypa
     write.log_images("samples", [Image.new("RGB", (4, 4))], ["a red bird"], 1)
     write.log({"loss": 0.25}, 2)
     write.close()
-    assert not caplog.records
+    assert not [r for r in caplog.records if r.name.startswith("glide_finetune")]
     [folder] = (tmp_path / "wandb").glob("offline-run-*")
     run_id = (tmp_path / "wandb_id.txt").read_text()
     assert (folder / f"run-{run_id}.wandb").stat().st_size > 0
