@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import platformdirs
 from filelock import FileLock, Timeout
 
-from .transfer import TransferError, transfer
+from glide_text2im.transfer import TransferError, transfer
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
-from ..tokenizer.simple_tokenizer import SimpleTokenizer
-from .encoders import ImageEncoder, TextEncoder
+from glide_text2im.clip.encoders import ImageEncoder, TextEncoder
+from glide_text2im.tokenizer.simple_tokenizer import SimpleTokenizer
 
 _DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
 

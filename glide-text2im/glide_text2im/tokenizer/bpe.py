@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import tiktoken
 
-from .vocab import token_bytes, vocabulary_file
+from glide_text2im.tokenizer.vocab import token_bytes, vocabulary_file
 
 _END_OF_TEXT = "<|endoftext|>"
 

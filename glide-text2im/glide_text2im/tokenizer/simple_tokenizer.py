@@ -10,7 +10,7 @@ import ftfy
 import regex
 import tiktoken
 
-from .vocab import BYTE_SYMBOLS, token_bytes, vocabulary_file
+from glide_text2im.tokenizer.vocab import BYTE_SYMBOLS, token_bytes, vocabulary_file
 
 _START_OF_TEXT = "<|startoftext|>"
 _END_OF_TEXT = "<|endoftext|>"
