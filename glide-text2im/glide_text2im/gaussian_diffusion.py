@@ -203,9 +203,17 @@ class GaussianDiffusion(PndmSamplers):
         upwards = range(self.num_timesteps - 1)
         return walk(step, upwards, model, shape, noise, device, progress)
 
-    p_sample_loop = last_sample(p_sample_loop_progressive)
-    ddim_sample_loop = last_sample(ddim_sample_loop_progressive)
-    ddim_reverse_sample_loop = last_sample(ddim_reverse_sample_loop_progressive)
+    def p_sample_loop(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The last sample of `p_sample_loop_progressive`, with the same arguments."""
+        return last_sample(self.p_sample_loop_progressive(*args, **kwargs))
+
+    def ddim_sample_loop(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The last sample of `ddim_sample_loop_progressive`, with the same arguments."""
+        return last_sample(self.ddim_sample_loop_progressive(*args, **kwargs))
+
+    def ddim_reverse_sample_loop(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The last sample of `ddim_reverse_sample_loop_progressive`, with the same arguments."""
+        return last_sample(self.ddim_reverse_sample_loop_progressive(*args, **kwargs))
 
     def _downwards(self) -> range:
         return range(self.num_timesteps - 1, -1, -1)

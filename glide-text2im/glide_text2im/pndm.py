@@ -135,8 +135,13 @@ class PndmSamplers(DiffusionProcess):
 
         return walk(step, self._inner_indices(), model, shape, noise, device, progress)
 
-    prk_sample_loop = last_sample(prk_sample_loop_progressive)
-    plms_sample_loop = last_sample(plms_sample_loop_progressive)
+    def prk_sample_loop(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The last sample of `prk_sample_loop_progressive`, with the same arguments."""
+        return last_sample(self.prk_sample_loop_progressive(*args, **kwargs))
+
+    def plms_sample_loop(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The last sample of `plms_sample_loop_progressive`, with the same arguments."""
+        return last_sample(self.plms_sample_loop_progressive(*args, **kwargs))
 
     def _inner_indices(self) -> range:
         if self.num_timesteps < 3:

@@ -1,14 +1,11 @@
 """What the loops of all samplers share: where they run, where they start, how they are walked."""
 
-import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-P = ParamSpec("P")
 Step = Callable[[Tensor, Tensor], dict[str, Any]]
 
 
@@ -42,20 +39,11 @@ def walk(
         x = result["sample"]
 
 
-def last_sample(progressive: Callable[P, Iterator[dict[str, Any]]]) -> Callable[P, Tensor]:
-    """The `X_sample_loop` of an `X_sample_loop_progressive`: same arguments, last sample."""
-
-    @functools.wraps(progressive)
-    def loop(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        for result in progressive(*args, **kwargs):
-            sample = result["sample"]
-        return sample
-
-    loop.__name__ = progressive.__name__.removesuffix("_progressive")
-    loop.__qualname__ = progressive.__qualname__.removesuffix("_progressive")
-    loop.__doc__ = f"The last sample of `{progressive.__name__}`, with the same arguments."
-    loop.__signature__ = inspect.signature(progressive).replace(return_annotation=Tensor)
-    return loop
+def last_sample(results: Iterator[dict[str, Any]]) -> Tensor:
+    """The "sample" of the last result of a `walk`, which has at least one."""
+    for result in results:
+        sample = result["sample"]
+    return sample
 
 
 def _device_of(model: Any, noise: Tensor | None) -> torch.device:
