@@ -1,9 +1,13 @@
 """The four models against the golden reference numbers: names, shapes, outputs and gradients."""
 
+import ast
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import glide_text2im
 from glide_text2im.model_creation import (
     create_model_and_diffusion,
     model_and_diffusion_defaults,
@@ -136,6 +140,17 @@ def test_an_unknown_channel_mult_is_refused():
         create_model_and_diffusion(**options | {"channel_mult": ""})
     with pytest.raises(AssertionError, match="channel_mult '1,2'"):
         create_model_and_diffusion(**options)
+
+
+def test_the_package_has_no_assert_statements_so_that_optimized_python_keeps_its_checks():
+    package = Path(glide_text2im.__file__).parent
+    found = [
+        f"{path.name}:{node.lineno}"
+        for path in sorted(package.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Assert)
+    ]
+    assert not found
 
 
 def test_a_new_model_starts_with_the_golden_zero_weights():

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+NORM_GROUPS = 32  # of every group normalisation in the UNet; they divide all its channels
+
 # Channels of every level of the UNet, as multiples of num_channels, for channel_mult "".
 CHANNEL_MULTIPLIERS = {
     64: (1, 2, 3, 4),
@@ -69,10 +71,11 @@ def channel_multipliers(image_size: int, channel_mult: str) -> tuple[int, ...]:
             )
         return CHANNEL_MULTIPLIERS[image_size]
     multipliers = tuple(int(part) for part in channel_mult.split(","))
-    assert 2 ** (len(multipliers) + 2) == image_size, (
-        f"channel_mult '{channel_mult}' has {len(multipliers)} levels, which is for image_size "
-        f"{2 ** (len(multipliers) + 2)}, not {image_size}"
-    )
+    if 2 ** (len(multipliers) + 2) != image_size:
+        raise AssertionError(
+            f"channel_mult '{channel_mult}' has {len(multipliers)} levels, which is for image_size "
+            f"{2 ** (len(multipliers) + 2)}, not {image_size}"
+        )
     return multipliers
 
 

@@ -1,10 +1,10 @@
 """Building blocks that both networks share, and the one place that decides on precision.
 
-The rule: every layer computes in the dtype of its input, and its parameters follow. The networks
-choose the dtype of their running tensor once (`working_dtype`), switch autocast off inside
+The rule: every layer computes in the dtype of its input, and its parameters follow. The GLIDE
+networks choose the dtype of their running tensor once (`working_dtype`), switch autocast off inside
 (`without_autocast`), and keep float32 where digits matter: the time embedding and its maps into
-the residual blocks, and the output layers. Norms and softmax accumulate in float32 inside
-themselves, whatever the dtype of their input.
+the residual blocks, and the output layers. Norms, their gains and offsets included, and the softmax
+with its scores are float32 inside, whatever the dtype of their input, on every device.
 """
 
 import contextlib
@@ -35,11 +35,22 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """An affine map of the last axis in the dtype of x."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def layer_norm(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+    """Layer normalisation over the last axis in float32, returned in the dtype of x."""
+    normed = F.layer_norm(x.float(), gain.shape, gain.float(), offset.float(), eps=1e-5)
+    return normed.to(x.dtype)
+
+
 class Linear(nn.Linear):
     """A linear layer that computes in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return linear(x, self.weight, self.bias)
 
 
 class Conv2d(nn.Conv2d):
@@ -59,31 +70,28 @@ class PointwiseConv1d(nn.Conv1d):
         super().__init__(in_channels, out_channels, kernel_size=1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        weight = self.weight.squeeze(2).to(tokens.dtype)
-        return F.linear(tokens, weight, self.bias.to(tokens.dtype))
+        return linear(tokens, self.weight.squeeze(2), self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation over the last axis, in and out in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
-        if x.device.type != "cpu":  # whose kernel takes float32 ones beside half precision
-            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return layer_norm(x, self.weight, self.bias)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax attention over (batch, heads, positions, channels of a head), scores scaled by
-    1/sqrt(channels); the softmax accumulates in float32."""
+    1/sqrt(channels). Scores and softmax are float32, whatever the dtype of the arguments."""
     if (
         query.device.type == "cpu"
         and query.dtype == torch.bfloat16
         and key.shape[2] <= SHORT_ATTENTION
     ):
         # There the fused kernel takes up to four times as long, most of it in the backward pass.
-        scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
-        return scores.softmax(dim=3) @ value
+        # Scores that a bfloat16 product has rounded would be four times as far off as its own.
+        scores = (query.float() * query.shape[3] ** -0.5) @ key.float().transpose(2, 3)
+        return scores.softmax(dim=3).to(value.dtype) @ value
     return F.scaled_dot_product_attention(query, key, value)
 
 

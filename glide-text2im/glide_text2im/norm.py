@@ -1,16 +1,19 @@
 """Group normalisation with all that follows it in a residual block, as one differentiable step.
 
-Torch's own kernel for channels-last memory takes about as long on a CPU as a convolution, and
-separate affine, scale-shift and SiLU steps each keep a copy of the images for the backward pass.
-Here gain, offset, scale and shift become one multiplication and addition per channel, arithmetic is
-float32 whatever the dtype of the images, and the backward pass needs only the input.
+Torch's own kernel takes about as long on a CPU as a convolution where images lie channels-last in
+memory, and on CUDA it copies them out of that layout and back; separate affine, scale-shift and
+SiLU steps each keep a copy of the images for the backward pass. Here, on every device, gain,
+offset, scale and shift become one multiplication and addition per channel, the arithmetic is
+float32 whatever the dtype of the images, and the backward pass needs only the input. At most one
+float32 copy of the images lives at a time in the forward pass.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-NORM_GROUPS = 32
+from glide_text2im.defaults import NORM_GROUPS
+
 NORM_EPS = 1e-5
 
 
@@ -19,33 +22,39 @@ def _per_pixel(x: Tensor) -> Tensor:
     return x.reshape(len(x), -1, 1, 1)
 
 
+def _centre(images: Tensor, mean: Tensor, x: Tensor) -> Tensor:
+    """images - mean, where `images` are `x` in float32; in place if they are a copy of it."""
+    return images - mean if images is x else images.sub_(mean)
+
+
 class _NormalizeAndActivate(torch.autograd.Function):
     """[SiLU of] gain * (x - mean) / standard deviation + offset.
 
     x is (batch, channels, height, width), gain and offset are float32 (batch, channels); mean and
-    deviation are those of each sample's groups of channels. With a = gain / deviation and
-    c = offset - mean * a the step is a * x + c.
+    deviation are those of each sample's groups of channels. With a = gain / deviation the step is
+    a * (x - mean) + offset. All sums of products are of x - mean: those of x would cancel where
+    the mean is far from 0.
     """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, gain: Tensor, offset: Tensor, silu: bool) -> Tensor:
         grouped = (NORM_GROUPS, x.shape[1] // NORM_GROUPS)
         count = x[0].numel() // NORM_GROUPS
-        images = x.float()
 
         def group_mean(images: Tensor) -> Tensor:
+            """(batch, groups, channels of a group), the same for all channels of a group."""
             sums = images.sum(dim=(2, 3)).unflatten(1, grouped)
-            return sums.sum(dim=2, keepdim=True) / count
+            return (sums.sum(dim=2, keepdim=True) / count).expand_as(sums)
 
+        images = x.float()
         mean = group_mean(images)
-        variance = (group_mean(images.square()) - mean.square()).clamp_min(0)
-        rstd = (variance + NORM_EPS).rsqrt()
+        centred = _centre(images, _per_pixel(mean), x)
+        rstd = (group_mean(centred.square()) + NORM_EPS).rsqrt()
         a = gain.unflatten(1, grouped) * rstd
-        c = offset.unflatten(1, grouped) - mean * a
-        ctx.save_for_backward(x, mean, rstd, a, c)
+        ctx.save_for_backward(x, mean, rstd, a, offset)
         ctx.silu = silu
 
-        out = torch.addcmul(_per_pixel(c), images, _per_pixel(a))
+        out = torch.addcmul(_per_pixel(offset), centred, _per_pixel(a), out=centred)
         if silu:
             out = nn.functional.silu(out, inplace=True)
         return out.to(x.dtype)
@@ -53,23 +62,21 @@ class _NormalizeAndActivate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor):
-        x, mean, rstd, a, c = ctx.saved_tensors
+        x, mean, rstd, a, offset = ctx.saved_tensors
         count = x[0].numel() // NORM_GROUPS
-        images, grad = x.float(), grad.float()
+        centred, grad = _centre(x.float(), _per_pixel(mean), x), grad.float()
         if ctx.silu:
-            before = torch.addcmul(_per_pixel(c), images, _per_pixel(a))
+            before = torch.addcmul(_per_pixel(offset), centred, _per_pixel(a))
             grad = torch.ops.aten.silu_backward(grad, before)
 
         grad_offset = grad.sum(dim=(2, 3)).view_as(a)
-        by_input = (grad * images).sum(dim=(2, 3)).view_as(a)
-        centred = by_input - mean * grad_offset
-        # The gradient through mean and deviation is k1 * x + k0 in every group.
-        k1 = -rstd.square() * (a * centred).sum(dim=2, keepdim=True) / count
-        k0 = -(a * grad_offset).sum(dim=2, keepdim=True) / count - k1 * mean
-        k1, k0 = k1.expand_as(a), k0.expand_as(a)
-        grad_x = torch.addcmul(_per_pixel(k0), images, _per_pixel(k1))
+        by_centred = (grad * centred).sum(dim=(2, 3)).view_as(a)
+        # The gradient through mean and deviation is k1 * (x - mean) + k0 in every group.
+        k1 = -rstd.square() * (a * by_centred).sum(dim=2, keepdim=True) / count
+        k0 = -(a * grad_offset).sum(dim=2, keepdim=True).expand_as(a) / count
+        grad_x = torch.addcmul(_per_pixel(k0), centred, _per_pixel(k1))
         grad_x.addcmul_(grad, _per_pixel(a))
-        grad_gain = rstd * centred
+        grad_gain = rstd * by_centred
         return grad_x.to(x.dtype), grad_gain.flatten(1), grad_offset.flatten(1), None
 
 

@@ -108,14 +108,19 @@ class Text2ImUNet(UNet):
         `xf_out` (batch, xf_width, text_ctx). Raises AssertionError if tokens are None, if mask is
         None with `xf_padding`, and for other tokens than those of a cached result.
         """
-        assert tokens is not None, "this model needs tokens"
-        assert mask is not None or not self.xf_padding, "this model needs a mask beside the tokens"
+        # Callers of the released models expect AssertionError; raised so, it outlives python -O.
+        if tokens is None:
+            raise AssertionError("this model needs tokens")
+        if mask is None and self.xf_padding:
+            raise AssertionError("this model needs a mask beside the tokens")
         tokens = tokens.long()
         # A result that gradients shall flow through is good for one backward pass only.
         use_cache = self.cache_text_emb and not torch.is_grad_enabled()
         if use_cache and self._cached_tokens is not None:
-            same = torch.equal(tokens, self._cached_tokens)
-            assert same, "the cached text belongs to other tokens: call del_cache() first"
+            if not torch.equal(tokens, self._cached_tokens):
+                raise AssertionError(
+                    "the cached text belongs to other tokens: call del_cache() first"
+                )
             return self._cached_text
 
         dtype = self.dtype
@@ -215,7 +220,8 @@ class SuperResInpaintText2ImUnet(Text2ImUNet):
         tokens: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        assert low_res is not None, "this model needs a low_res image"
+        if low_res is None:
+            raise AssertionError("this model needs a low_res image")
         known = _known_pixels(x, inpaint_image, inpaint_mask)
         x = torch.cat([x, known, _resized(low_res, x)], dim=1)
         return super().forward(x, timesteps, tokens, mask)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glide_text2im.nn import layer_norm, linear
+
 
 def normal_parameter(*shape: int, std: float) -> nn.Parameter:
     """A trainable tensor drawn from a normal distribution of mean 0."""
@@ -11,7 +13,7 @@ def normal_parameter(*shape: int, std: float) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """An affine map of the last axis; `gain` scales the initial weights."""
+    """A linear layer that computes in the dtype of its input; `gain` scales the initial weights."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool = True, gain: float = 1.0) -> None:
         super().__init__()
@@ -19,11 +21,11 @@ class Linear(nn.Module):
         self.b = nn.Parameter(torch.zeros(n_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.w, self.b)
+        return linear(x, self.w, self.b)
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation computed in float32, returned in the dtype of its input."""
+    """Layer normalisation over the last axis, in and out in the dtype of its input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -31,8 +33,7 @@ class LayerNorm(nn.Module):
         self.b = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.layer_norm(x.float(), self.g.shape, self.g.float(), self.b.float(), eps=1e-5)
-        return normed.to(x.dtype)
+        return layer_norm(x, self.g, self.b)
 
 
 class Attention(nn.Module):
