@@ -9,7 +9,9 @@ python train_glide.py --resume_ckpt glide_checkpoints/0000       # go on with a 
 
 import json
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from glide_finetune.arguments import parse_config
@@ -36,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(config).exit_status
     except (ValueError, OSError, DownloadError, TrainingDiverged) as error:
+        if os.environ.get("GLIDE_TRACEBACK") == "1":
+            traceback.print_exc()
         print(f"train_glide.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from glide_finetune.config import FIELDS, ConfigError, TrainConfig, complete, types_of
 from glide_finetune.config_checks import check
-from glide_finetune.demo import DEMO_SETTINGS
+from glide_finetune.demo import DEMO_SETTINGS, fast_precision
 from glide_finetune.model_options import described_model, parse_model_option
 from glide_finetune.runs import ARGS_NAME, interpret_resume, read_args
 
@@ -48,7 +48,7 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
 
 def _with_defaults(typed: dict[str, Any]) -> dict[str, Any]:
     """What is typed, over everything that it names as defaults."""
-    defaults = DEMO_SETTINGS if typed.get("demo") else {}
+    defaults = DEMO_SETTINGS | {"precision": fast_precision()} if typed.get("demo") else {}
     if typed.get("config"):
         defaults = _merge(defaults, _saved_settings("config", typed["config"]))
     settings = _merge(defaults, typed)
@@ -133,7 +133,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="train_glide.py",
         usage="train_glide.py [--demo | --data_dir DIR] [flags]",
         description="Fine-tune GLIDE on your own pictures and captions.",
-        epilog="Switches may be given a value: --train_upsample False.",
+        epilog="Switches may be given a value: --train_upsample False. With GLIDE_TRACEBACK=1 in "
+        "the environment an error also shows where it comes from.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

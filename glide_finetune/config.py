@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from glide_finetune.model_options import MODEL_PRESETS, training_options
+from glide_finetune.shards import is_remote
 
 DATASET_NAMES = ("laion", "alamy", "generic")
 PRECISIONS = ("fp32", "bf16", "fp16")
+LOSS_WEIGHTINGS = ("none", "min_snr", "soft_min_snr")
 
+START = "how to start"
 DATA = "data"
 MODEL = "model and checkpoints"
 TRAINING = "training"
@@ -47,6 +50,11 @@ class TrainConfig:
     """Every setting of a run, named as its flag. Lengths are pixels, intervals optimizer steps."""
 
     # fmt: off
+    demo: bool = flag(False, group=START, once=True,
+        help="draw a small captioned set and train a small model on it, in minutes on a CPU")
+    dry_run: bool = flag(False, group=START, once=True,
+        help="print the settings as they come out, and train nothing")
+
     data_dir: str = flag("./data", "-data", group=DATA, metavar="DIR",
         help="folder of images with captions beside them, or of tar shards")
     use_captions: bool = flag(True, "-txt", group=DATA,
@@ -83,7 +91,8 @@ class TrainConfig:
         help="how many times larger than the base image the upsampler's image is")
     resume_ckpt: str = flag("", "-resume", group=MODEL, metavar="PATH", once=True,
         help="a run's folder: go on in it; auto: the newest run in --checkpoints_dir, or a fresh "
-             "one; a .pt file: a new run from it")
+             "one; a .pt file: a new run from it, which takes the training state beside it and "
+             "counts its steps on, but goes through the data for --epochs of its own")
     weights_only: bool = flag(False, group=MODEL, once=True,
         help="with --resume_ckpt FILE.pt: take the weights and leave the training state beside it")
     checkpoints_dir: str = flag("./glide_checkpoints/", "-ckpt", group=MODEL, metavar="DIR",
@@ -100,7 +109,7 @@ class TrainConfig:
         help="passes whose gradients make up one optimizer step")
     epochs: int = flag(20, "-epochs", group=TRAINING, metavar="N", help="passes over the data")
     max_steps: int = flag(0, group=TRAINING, metavar="N",
-        help="end after this optimizer step whatever --epochs says, 0 for no limit")
+        help="end after the optimizer step of this number whatever --epochs says, 0 for no limit")
     learning_rate: float = flag(2e-5, "-lr", group=TRAINING, metavar="LR", help="of AdamW")
     lr_schedule: str = flag("constant", group=TRAINING, choices=("constant", "cosine"),
         help="after the warm-up: stay, or fall to zero at the last step")
@@ -114,7 +123,7 @@ class TrainConfig:
         help="decay of the moving average of the weights, such as 0.9999; 0 for none")
     vlb_weight: float = flag(0.001, group=TRAINING, metavar="W",
         help="weight of the variational bound, which trains the variance; 0: noise only")
-    loss_weighting: str = flag("none", group=TRAINING, choices=("none", "min_snr", "soft_min_snr"),
+    loss_weighting: str = flag("none", group=TRAINING, choices=LOSS_WEIGHTINGS,
         help="weighting of the noise error over the timesteps")
     freeze_transformer: bool = flag(False, "-fz_xt", group=TRAINING,
         help="leave the text encoder as it is")
@@ -150,10 +159,6 @@ class TrainConfig:
     eval_interval: int = flag(500, group=REPORTS, metavar="N", help="steps between validations")
     project_name: str = flag("glide-finetune", "-name", group=REPORTS, metavar="NAME",
         help="wandb project; WANDB_MODE=disabled turns wandb off")
-    dry_run: bool = flag(False, group=REPORTS, once=True,
-        help="print the settings as they come out, and train nothing")
-    demo: bool = flag(False, group=REPORTS, once=True,
-        help="draw a small captioned set and train a small model on it, in minutes on a CPU")
     # fmt: on
 
     @property
@@ -182,7 +187,7 @@ class TrainConfig:
         return self.side_y * self.scale
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values, the content of args.json."""
+        """As plain JSON values."""
         return dataclasses.asdict(self)
 
 
@@ -212,6 +217,33 @@ def complete(config: TrainConfig) -> TrainConfig:
         uncond_p=uncond_p,
         num_workers=num_workers,
     )
+
+
+def recorded(config: TrainConfig) -> dict[str, Any]:
+    """The content of args.json: `config` as other folders, machines and kinds of run can use it.
+
+    Paths are absolute. What `complete` would choose anyway is left open, as None, so that it is
+    chosen again; but the workers of a run over shards stay, since the order of its samples depends
+    on their number.
+    """
+    settings = config.to_dict() | {name: _absolute(getattr(config, name)) for name in PATHS}
+    chosen = complete(dataclasses.replace(config, uncond_p=None, num_workers=None))
+    if config.uncond_p == chosen.uncond_p:
+        settings["uncond_p"] = None
+    if config.num_workers == chosen.num_workers and not config.use_webdataset:
+        settings["num_workers"] = None
+    return settings
+
+
+PATHS = ("data_dir", "val_data_dir", "prompt_file", "image_to_upsample", "checkpoints_dir")
+
+
+def _absolute(path: str) -> str:
+    """`path`, a file, folder or pattern of shards, from the root; URLs and pipes as they are."""
+    # braces around whole paths have no common folder
+    if not path or is_remote(path) or path.startswith("{"):
+        return path
+    return str(Path(path).expanduser().absolute())
 
 
 def default_workers() -> int:

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
 from glide_finetune.config import FIELDS, ConfigError, TrainConfig, read_prompts
 from glide_finetune.demo import DEMO_SETTINGS
 from glide_finetune.folder_index import check_folder
@@ -180,13 +182,23 @@ def _check_files(config: TrainConfig) -> None:
     made_later = DEMO_SETTINGS if config.demo else {}
     if config.prompt_file != made_later.get("prompt_file"):
         read_prompts(config)
-    if config.image_to_upsample and not Path(config.image_to_upsample).is_file():
-        raise ConfigError(f"--image_to_upsample: there is no file {config.image_to_upsample}")
+    if config.image_to_upsample:
+        _check_image(Path(config.image_to_upsample).expanduser())
     for name in ("data_dir", "val_data_dir"):
         path = getattr(config, name)
         if path != made_later.get(name) and (path or name == "data_dir"):
             _check_data(config, name, path)
     _check_writable(config.checkpoints_dir)
+
+
+def _check_image(path: Path) -> None:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except FileNotFoundError:
+        raise ConfigError(f"--image_to_upsample: there is no file {path}") from None
+    except Exception as error:  # Pillow's decoders raise all sorts
+        raise ConfigError(f"--image_to_upsample: cannot read {path}: {error}") from None
 
 
 def _check_data(config: TrainConfig, name: str, path: str) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glide_finetune.config import LOSS_WEIGHTINGS
 from glide_text2im.diffusion_process import DiffusionProcess, Model
 
-LOSS_WEIGHTINGS = ("none", "min_snr", "soft_min_snr")
 SNR_GAMMA = 5.0  # the signal-to-noise ratio from which on less noisy timesteps count less
 
 

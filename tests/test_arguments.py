@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from glide_finetune.arguments import build_parser, parse_config
-from glide_finetune.config import FIELDS, TrainConfig, complete
+from glide_finetune.config import FIELDS, TrainConfig, complete, recorded
 from glide_finetune.config_checks import RANGES, check
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +105,7 @@ def data(tmp_path, monkeypatch) -> Path:
 
 def saved_run(folder: Path, **settings) -> Path:
     folder.mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps(complete(TrainConfig(**settings)).to_dict()))
+    (folder / "args.json").write_text(json.dumps(recorded(complete(TrainConfig(**settings)))))
     return folder
 
 
@@ -281,7 +282,7 @@ class TestDefaultsFromElsewhere:
     def test_a_typed_prompt_wins_over_a_saved_file_of_prompts(self, tmp_path):
         (tmp_path / "prompts.txt").write_text("a cat\n")
         run = str(saved_run(tmp_path / "old", prompt_file="prompts.txt"))
-        assert parse_config(["--config", run]).prompt_file == "prompts.txt"
+        assert parse_config(["--config", run]).prompt_file == str(tmp_path / "prompts.txt")
         assert parse_config(["--config", run, "--test_prompt", "a dog"]).prompt_file == ""
 
     def test_a_typed_way_to_validate_wins_over_a_saved_one(self, tmp_path):
@@ -361,6 +362,8 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "--val_data_dir {}/empty": ("--val_data_dir", "no images"),
     "--demo --val_data_dir {}/empty": ("--val_data_dir", "no images"),
     "--image_to_upsample {}/no.png --train_upsample": ("--image_to_upsample", "no.png"),
+    "--image_to_upsample {}/blank.txt --train_upsample": ("--image_to_upsample", "blank.txt"),
+    "--image_to_upsample {}/cut.png --train_upsample": ("--image_to_upsample", "cut.png"),
     "--prompt_file {}/no.txt": ("--prompt_file", "no.txt"),
     "--prompt_file {}/blank.txt": ("--prompt_file", "blank.txt", "holds no prompt"),
     "--prompt_file {}/binary.txt": ("--prompt_file", "binary.txt", "UTF-8"),
@@ -441,6 +444,8 @@ def odd_files(folder: Path) -> None:
         (folder / name).mkdir(parents=True)
     (folder / "uncaptioned" / "cat.png").touch()
     (folder / "tars" / "0.tar").touch()
+    Image.effect_noise((64, 64), 80).save(folder / "whole.png")
+    (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:1000])
     (folder / "blank.txt").write_text(" \n\n")
     (folder / "binary.txt").write_bytes(b"\xff\xfe\xfa")
     (folder / "run" / "args.json").write_text("{}")
@@ -476,6 +481,40 @@ def answers(tmp_path_factory) -> dict:
     )  # fmt: skip
     found, heavy = json.loads(done.stdout)
     return dict(zip(MISTAKES, found, strict=True)) | {"heavy": heavy}
+
+
+class TestArgsJson:
+    def test_paths_are_absolute_and_come_back_from_any_folder(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        settings = recorded(
+            complete(TrainConfig(data_dir="data", checkpoints_dir="~/runs", val_data_dir=""))
+        )
+        assert settings["data_dir"] == str(tmp_path / "data")
+        assert settings["checkpoints_dir"] == str(tmp_path / "home" / "runs")
+        assert settings["val_data_dir"] == settings["prompt_file"] == ""
+
+    @pytest.mark.parametrize(
+        "shards",
+        ["https://host/{0..9}.tar", "pipe:cat 0.tar", "s3://bucket/0.tar", "{/a,/b}/0.tar"],
+    )
+    def test_shards_that_are_no_paths_stay_as_they_are(self, shards):
+        assert recorded(complete(TrainConfig(data_dir=shards)))["data_dir"] == shards
+
+    def test_patterns_of_shards_stay_patterns(self, tmp_path):
+        settings = recorded(complete(TrainConfig(data_dir="tars/{0..9}-*.tar")))
+        assert settings["data_dir"] == f"{tmp_path}/tars/{{0..9}}-*.tar"
+
+    def test_what_was_left_to_the_program_is_left_to_it_again(self, tmp_path):
+        run = str(saved_run(tmp_path / "base"))
+        settings = json.loads((tmp_path / "base" / "args.json").read_text())
+        assert (settings["uncond_p"], settings["num_workers"]) == (None, None)
+        assert parse_config(["--config", run]).uncond_p == 0.2
+        assert parse_config(["--config", run, "--train_upsample"]).uncond_p == 0.0
+
+    def test_what_was_typed_stays_and_so_do_the_workers_over_shards(self):
+        typed = recorded(complete(TrainConfig(uncond_p=0.1, num_workers=77)))
+        assert (typed["uncond_p"], typed["num_workers"]) == (0.1, 77)
+        assert recorded(complete(TrainConfig(use_webdataset=True)))["num_workers"] >= 1
 
 
 class TestMistakes:
@@ -514,6 +553,7 @@ def test_help_is_grouped_shows_defaults_and_imports_nothing_heavy(tmp_path):
     assert heavy == "[]"
     titles = [line for line in lines if re.fullmatch(r"[a-z].*:", line)]
     assert titles[1:] == [
+        "how to start:",
         "data:",
         "model and checkpoints:",
         "training:",
