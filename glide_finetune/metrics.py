@@ -1,4 +1,4 @@
-"""The figures of a run, through one object: metrics.jsonl, wandb and the console."""
+"""The figures of a run, through one object: metrics.jsonl and wandb."""
 
 import json
 import secrets
@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from glide_finetune.atomic_files import atomic_file, valid_json
-from glide_finetune.wandb_run import WandbRun, wandb_images
+from glide_finetune.wandb_run import WandbRun, wandb_images, warn_of_failure
 
 METRICS_NAME = "metrics.jsonl"
 WANDB_ID_NAME = "wandb_id.txt"
@@ -25,11 +25,10 @@ class MetricsLog:
     resume_step: the step of the checkpoint that the run goes on from. Lines of later steps are
         dropped, since they come again; so everything of a step must be logged before its
         checkpoint is saved. None: the run begins, and so does the file.
-    project, entity, config: of the wandb run, whose id is kept in the run folder, so that a
+    project, config: of the wandb run, whose id is kept in the run folder, so that a
         resumed run continues it. project None: no wandb.
     wandb_run: a run to log to instead, of `wandb_setup` or `wandb.init`; `close` leaves it open.
-    report: called with one aligned line for every `log`, for example `tqdm.write`; metrics with
-        a slash in their name are details and left out of it.
+        If it raises, it gets nothing more, with one warning.
     """
 
     def __init__(
@@ -38,16 +37,13 @@ class MetricsLog:
         *,
         resume_step: int | None = None,
         project: str | None = None,
-        entity: str | None = None,
         config: Mapping[str, Any] | None = None,
         wandb_run: Any = None,
-        report: Callable[[str], None] | None = None,
     ) -> None:
-        self._file = self._report = None
+        self._file = None
         self._wandb, self._owns_wandb = wandb_run, False
         if run_dir is None:
             return
-        self._report = report
         path = run_dir / METRICS_NAME
         _rewind(path, resume_step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
@@ -56,7 +52,6 @@ class MetricsLog:
             self._wandb = WandbRun(
                 run_dir,
                 project=project,
-                entity=entity,
                 config=valid_json(config or {}),
                 run_id=_wandb_id(run_dir),
             )
@@ -72,10 +67,7 @@ class MetricsLog:
         line = json.dumps(valid_json({"step": step, **metrics}), ensure_ascii=False)
         self._file.write(line + "\n")
         self._file.flush()
-        if self._wandb:
-            self._wandb.log(metrics, step)
-        if self._report:
-            self._report(format_line(metrics, step))
+        self._send(lambda run: run.log(metrics, step))
 
     def log_images(
         self,
@@ -87,8 +79,8 @@ class MetricsLog:
         """Show pictures, or the files they are in, with one caption each, in wandb."""
         if isinstance(self._wandb, WandbRun):
             self._wandb.log_images(name, images, captions, step)
-        elif self._wandb:
-            self._wandb.log({name: wandb_images(images, captions)}, step)
+        else:
+            self._send(lambda run: run.log({name: wandb_images(images, captions)}, step))
 
     def close(self) -> None:
         """Close the file and finish the wandb run; waits for uploads, for a limited time."""
@@ -97,6 +89,16 @@ class MetricsLog:
         if self._wandb and self._owns_wandb:
             self._wandb.finish()
         self._file = self._wandb = None
+
+    def _send(self, call: Callable[[Any], None]) -> None:
+        """Call wandb, which must not end training; `WandbRun` sees to that itself."""
+        if self._wandb is None:
+            return
+        try:
+            call(self._wandb)
+        except Exception as error:
+            self._wandb = None
+            warn_of_failure(error)
 
 
 def wandb_setup(
@@ -136,16 +138,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         }
         for _, record in _lines(run_dir / METRICS_NAME)
     ]
-
-
-def format_line(metrics: Mapping[str, Any], step: int) -> str:
-    """One line for the console; its columns stay aligned while the names stay the same."""
-    columns = [f"step {step:>7}"]
-    for name, value in metrics.items():
-        if "/" not in name:
-            text = f"{value:.4g}" if isinstance(value, float) else str(value)
-            columns.append(f"{name} {text:<9}")
-    return "  ".join(columns).rstrip()
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:

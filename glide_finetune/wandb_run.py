@@ -34,14 +34,12 @@ class WandbRun:
         folder: str | Path,
         *,
         project: str,
-        entity: str | None = None,
         config: Mapping[str, Any] | None = None,
         run_id: str | None = None,
     ) -> None:
         self._init_arguments = {
             "dir": str(folder),
             "project": project,
-            "entity": entity,
             "config": dict(config or {}),
             "id": run_id,
             "resume": "allow",
@@ -56,7 +54,7 @@ class WandbRun:
             # Here, not in the thread: a data worker forked in mid-import would inherit its locks.
             import wandb
         except Exception as error:
-            self._warn(error)
+            warn_of_failure(error)
             return
         Path(folder).mkdir(parents=True, exist_ok=True)  # else wandb writes to a temporary folder
         self._thread = threading.Thread(target=self._work, args=(wandb,), name="wandb", daemon=True)
@@ -109,7 +107,7 @@ class WandbRun:
                 call(run)
             run.finish()
         except Exception as error:
-            self._warn(error)
+            warn_of_failure(error)
             with contextlib.suppress(Exception):
                 wandb.teardown()  # here, since at exit it would wait for the server
 
@@ -132,10 +130,11 @@ class WandbRun:
             logger.info("wandb: %s", run.url)
         return run
 
-    @staticmethod
-    def _warn(error: Exception) -> None:
-        reason = (str(error).splitlines() or [""])[0]
-        logger.warning("wandb is off for this run (%s: %s)", type(error).__name__, reason)
+
+def warn_of_failure(error: Exception) -> None:
+    """Say in one line that wandb is not used any more."""
+    reason = (str(error).splitlines() or [""])[0]
+    logger.warning("wandb is off for this run (%s: %s)", type(error).__name__, reason)
 
 
 def wandb_images(images: Sequence[Image.Image | str | Path], captions: Sequence[str]) -> list:

@@ -1,4 +1,4 @@
-"""The metrics file, the console line, and wandb, which can neither stop nor slow a run."""
+"""The metrics file and wandb, which can neither stop nor slow a run."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from glide_finetune import wandb_run
-from glide_finetune.metrics import MetricsLog, format_line, read_metrics, wandb_setup
+from glide_finetune.metrics import MetricsLog, read_metrics, wandb_setup
 
 
 @pytest.fixture(autouse=True)
@@ -90,22 +90,10 @@ def test_there_are_no_metrics_before_the_first(tmp_path):
 
 
 def test_a_silent_log_does_nothing():
-    log = MetricsLog(None, project="p", report=print)
+    log = MetricsLog(None, project="p")
     log.log({"loss": 1.0}, 1)
     log.log_images("samples", [Image.new("RGB", (2, 2))], ["a"], 1)
     log.close()
-
-
-# -------------------------------------------------------------------- console
-def test_console_lines_are_aligned_and_leave_details_out(tmp_path):
-    lines = []
-    log = MetricsLog(tmp_path, report=lines.append)
-    log.log({"loss": 0.123456, "loss/q0": 1.0, "images": 4}, 9)
-    log.log({"loss": 12.0, "loss/q0": 1.0, "images": 400}, 10000)
-    log.close()
-    assert lines[0].split() == ["step", "9", "loss", "0.1235", "images", "4"]
-    assert lines[0].index("images") == lines[1].index("images")
-    assert format_line({}, 3) == "step       3"
 
 
 # ---------------------------------------------------------------------- wandb
@@ -149,12 +137,12 @@ def wandb_log(run_dir, **arguments):
 
 
 def test_wandb_gets_metrics_images_and_config(tmp_path, fake_wandb):
-    log = wandb_log(tmp_path, entity="us")
+    log = wandb_log(tmp_path)
     log.log({"loss": 0.5}, 1)
     log.log_images("samples", [tmp_path / "grid.png"], ["a red bird"], 1)
     log.close()
     [arguments] = fake_wandb.inits
-    assert (arguments["project"], arguments["entity"]) == ("birds", "us")
+    assert arguments["project"] == "birds"
     assert arguments["config"] == {"seed": 3, "dir": str(tmp_path)}
     assert arguments["dir"] == str(tmp_path)
     assert "mode" not in arguments
@@ -228,6 +216,21 @@ def test_an_error_in_a_wandb_run_gives_one_warning(tmp_path, fake_wandb, caplog,
     write.close()
     assert len(caplog.records) == 1
     assert len(read_metrics(tmp_path)) == 2
+
+
+def test_an_error_in_a_run_that_was_given_gives_one_warning_too(tmp_path, caplog):
+    given = FakeRun()
+    given.log = fail
+    log = MetricsLog(tmp_path, wandb_run=given)
+    for step in (1, 2):
+        log.log({"loss": 0.5}, step)
+        log.log_images("samples", ["grid.png"], ["a"], step)
+    log.close()
+    assert [r.getMessage() for r in caplog.records] == [
+        "wandb is off for this run (RuntimeError: no network)"
+    ]
+    assert len(read_metrics(tmp_path)) == 2
+    assert not given.finished
 
 
 def test_a_wandb_that_cannot_be_imported_gives_one_warning(tmp_path, monkeypatch, caplog):
