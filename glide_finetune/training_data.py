@@ -9,6 +9,7 @@ from glide_finetune.config import TrainConfig
 from glide_finetune.dataloading import (
     FolderBatches,
     ShardBatches,
+    hold_back,
     make_dataloader,
     split_validation,
 )
@@ -49,6 +50,9 @@ def make_training_data(
         training, validation = split_validation(training, config.val_fraction, config.seed)
     if config.train_upsample and not config.image_to_upsample:
         training, low_res = _held_back_low_res(training, validation, config.seed)
+    # So that wrong keys, and filters that let nothing pass, are found before anything else is made.
+    for dataset in filter(None, (training, validation)):
+        next(iter(dataset.for_evaluation()))
     loader = make_dataloader(
         training,
         config.batch_size,
@@ -111,7 +115,7 @@ def _held_back_low_res(
         *_, low_res, _, key = next(iter(training.for_evaluation()))
         return training.without({key}), low_res.unsqueeze(0)
     if validation is None and len(training) > 1:
-        training, validation = split_validation(training, 1e-9, seed)  # holds back one
+        training, validation = hold_back(training, 1, seed)
     low_res = (validation or training.for_evaluation())[0][2]
     return training, low_res.unsqueeze(0)
 

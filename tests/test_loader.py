@@ -406,8 +406,7 @@ def test_at_least_one_sample_is_held_back_and_one_is_left(tmp_path):
         train, held_back = split_validation(dataset(tmp_path), fraction, seed=0)
         assert (len(train), len(held_back)) == (1, 1)
     data = dataset(tmp_path)
-    assert split_validation(data, 0.0, seed=0) == (data, None)
     with pytest.raises(ValueError, match="cannot be split"):
         split_validation(data.subset([0]), 0.5, seed=0)
     with pytest.raises(ValueError, match="fraction"):
-        split_validation(data, 1.0, seed=0)
+        split_validation(data, 0.0, seed=0)
