@@ -39,25 +39,24 @@ def make_optimizer(
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take the moments from an earlier `state_dict`; learning rate and weight decay stay.
+    """Take the moments from an earlier `state_dict`; learning rate, weight decay and `fused` stay.
 
     Raises:
         ValueError: the state belongs to other parameters.
     """
-    settings = [
-        {name: value for name, value in group.items() if name != "params"}
-        for group in optimizer.param_groups
-    ]
     try:
-        optimizer.load_state_dict(state)
+        # Before loading, since `fused` and the like decide where the moments go.
+        groups = [
+            {**saved, **group, "params": saved["params"]}
+            for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
+        ]
+        optimizer.load_state_dict({**state, "param_groups": groups})
     except ValueError:
         raise ValueError(
             "the training state was made with other parameters frozen: give the same "
             "--freeze_transformer and --freeze_diffusion, or start from the .pt file with "
             "--weights_only"
         ) from None
-    for group, setting in zip(optimizer.param_groups, settings, strict=True):
-        group.update(setting)
 
 
 def learning_rate_factor(

@@ -137,6 +137,22 @@ def test_a_restored_optimizer_keeps_its_own_settings():
     assert other.param_groups[0]["lr"] == 1e-4
 
 
+def test_a_state_that_was_saved_without_fusing_loads_as_one_that_fuses():
+    layer, optimizer = small_optimizer()
+    for group in optimizer.param_groups:
+        group["fused"], group["foreach"] = None, False
+    step(layer, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["step"] = state["step"].double()  # whose type and device only fused ones change
+    layer2, optimizer2 = small_optimizer()
+    restore_optimizer(optimizer2, saved)
+    assert optimizer2.param_groups[0]["fused"]
+    assert {state["step"].dtype for state in optimizer2.state.values()} == {torch.float32}
+    step(layer2, optimizer2)
+    assert {float(state["step"]) for state in optimizer2.state.values()} == {2.0}
+
+
 def test_the_state_of_other_parameters_is_refused_with_advice():
     layer, optimizer = small_optimizer()
     layer.bias.requires_grad_(False)
