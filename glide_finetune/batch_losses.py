@@ -73,16 +73,18 @@ class LossMeter:
             quartile_sums(losses.mse, timesteps, self.num_timesteps)
         )
 
-    def means(self) -> dict[str, float]:
+    def means(self, **further: Tensor) -> dict[str, float]:
         """Means over all samples: loss, mse, vb in bits per dimension where it is trained, and
         mse_q0 … mse_q3, the error in those quarters of the timesteps that occurred (q0 the least
-        noisy).
+        noisy). The `further` scalars come as they are, read from the device in the same wait.
         """
-        figures = torch.cat([self._quartiles.flatten(), self._terms]).tolist()
-        totals, counts, terms = figures[:4], figures[4:8], figures[8:]
+        scalars = [value.reshape(1) for value in further.values()]
+        figures = torch.cat([self._quartiles.flatten(), *scalars, self._terms]).tolist()
+        totals, counts, figures = figures[:4], figures[4:8], figures[8:]
+        rest, terms = figures[: len(further)], figures[len(further) :]
         names = ("loss", "mse", "vb")[: len(terms)]
         means = {name: total / self._count for name, total in zip(names, terms, strict=True)}
         for quarter, (total, count) in enumerate(zip(totals, counts, strict=True)):
             if count:
                 means[f"mse_q{quarter}"] = total / count
-        return means
+        return means | dict(zip(further, rest, strict=True))

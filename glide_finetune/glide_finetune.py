@@ -1,5 +1,6 @@
 """Training steps and epochs as functions, for scripts and notebooks of your own."""
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from torch import nn
 
 from glide_finetune.batch_losses import batch_losses
 from glide_finetune.config import TrainConfig
-from glide_finetune.glide_util import read_image
+from glide_finetune.glide_util import read_image, seeded
 from glide_finetune.metrics import MetricsLog, read_metrics
 from glide_finetune.samples import SampleDrawer
 from glide_finetune.trainer import Progress, Trainer
@@ -35,7 +36,9 @@ def base_train_step(
         batch: tokens int64 (B, T), mask bool (B, T), images float32 (B, 3, H, W) in [-1, 1].
         timesteps: int64 (B,); None draws them uniformly from all timesteps.
         noise: like the images; None draws it.
-        vlb_weight: of the variational bound, which trains the variance; 0 is noise error alone.
+        vlb_weight: of the variational bound, which alone trains the variance. With the default of
+            0 the variance stays untrained, and samplers that use it, such as ddpm, draw worse the
+            longer you train; 0.001 is what `run_glide_finetune_epoch` and train_glide.py take.
         loss_weighting: none, min_snr or soft_min_snr.
 
     Returns:
@@ -93,12 +96,14 @@ def run_glide_finetune_epoch(
 ) -> None:
     """Train for one epoch, with sample grids on the way and a checkpoint at its end.
 
-    Steps are counted over all epochs: one after the first goes on where metrics.jsonl ends. Draws
-    follow from torch's random state at the start.
+    Steps are counted over all epochs: an epoch goes on where metrics.jsonl ends. Draws follow from
+    torch's random state at the start, which moves on by one number; other draws of the caller stay
+    the same.
 
     Args:
         glide_model, glide_diffusion, glide_options: as `load_model` returns them.
-        dataloader: gives batches as the train steps above take them.
+        dataloader: gives batches as the train steps above take them. If it or its `dataset` has
+            `set_epoch`, that is called, so that every epoch has other crops and captions.
         optimizer: over the parameters that train; its learning rates are left as they are.
         sample_bs: pictures of each sample grid; sample_gs their guidance, sample_respacing their
             timesteps, prompt their caption.
@@ -108,7 +113,7 @@ def run_glide_finetune_epoch(
         log_frequency: steps between grids, 0 for none.
         wandb_run: takes the metrics and grids, if given: of `wandb_setup` or `wandb.init`.
         gradient_accumualation_steps: batches of an optimizer step; the right spelling works too.
-        epoch: counted from 0, for names and logs.
+        epoch: counted from 0, for names, logs and `set_epoch`.
         train_upsample: the batches are (tokens, mask, low_res, images).
         upsample_factor: how many times larger than side_x and side_y the upsampler's images are.
         image_to_upsample: file for the upsampler's grids; without it there are none.
@@ -140,26 +145,27 @@ def run_glide_finetune_epoch(
     )
     run_folder = Path(checkpoints_dir)
     run_folder.mkdir(parents=True, exist_ok=True)
-    lines = read_metrics(run_folder) if epoch else []
-    step = lines[-1]["step"] if lines else 0
+    step = max((line["step"] for line in read_metrics(run_folder)), default=0)
     low_res = read_image(image_to_upsample, (side_x, side_y)) if image_to_upsample else None
     draw_samples = None
     if log_frequency and not (train_upsample and low_res is None):
         draw_samples = SampleDrawer(
             config, glide_options, Path(outputs_dir), low_res, sample_respacing
         )
-    trainer = Trainer(
-        glide_model.to(device),
-        glide_diffusion,
-        optimizer,
-        config,
-        options=glide_options,
-        device=device,
-        run_folder=run_folder,
-        log=MetricsLog(run_folder, resume_step=step, wandb_run=wandb_run),
-        draw_samples=draw_samples,
-    )
-    trainer.progress = Progress(epoch=epoch, step=step)
-    with trainer.progress_bar(dataloader):
-        trainer.run_epoch(dataloader)
-    trainer.save()
+    log = MetricsLog(run_folder, resume_step=step, wandb_run=wandb_run)
+    with contextlib.closing(log), seeded(config.seed, torch.device(device)):
+        trainer = Trainer(
+            glide_model.to(device),
+            glide_diffusion,
+            optimizer,
+            config,
+            options=glide_options,
+            device=device,
+            run_folder=run_folder,
+            log=log,
+            draw_samples=draw_samples,
+        )
+        trainer.progress = Progress(epoch=epoch, step=step)
+        with trainer.display(dataloader) as display:
+            trainer.run_epoch(dataloader, display)
+        trainer.save()

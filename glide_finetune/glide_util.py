@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from glide_finetune import images, weights
-from glide_finetune.checkpoints import files_beside
-from glide_finetune.model_options import released_options
+from glide_finetune.captions import caption_tensors
+from glide_finetune.model_options import described_model, released_options
 from glide_finetune.optimization import freeze
 from glide_text2im.download import load_checkpoint
 from glide_text2im.gaussian_diffusion import GaussianDiffusion
@@ -73,14 +73,13 @@ def load_model(
 
 def _options_beside(glide_path: Path, model_type: str) -> dict[str, Any]:
     """The options that a checkpoint was trained with, as far as the JSON beside it tells."""
-    description = files_beside(glide_path).description
-    kind = description.get("kind", model_type)
-    if kind != model_type:
+    kind, options = described_model(glide_path)
+    if kind not in ("", model_type):
         raise ValueError(
             f"{glide_path} holds a model of kind {kind}, wanted is {model_type}: give "
             f'model_type="{kind}" or another file'
         )
-    return description.get("model_options", {})
+    return options
 
 
 def get_tokens_and_mask(
@@ -91,8 +90,7 @@ def get_tokens_and_mask(
     Returns:
         tokens, int64 (context_len,), and mask, bool (context_len,), True where a token counts.
     """
-    tokens, mask = tokenizer.padded_tokens_and_mask(tokenizer.encode(prompt), context_len)
-    return torch.tensor(tokens), torch.tensor(mask, dtype=torch.bool)
+    return caption_tensors(tokenizer, prompt, context_len)
 
 
 def get_uncond_tokens_mask(tokenizer, context_len: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,13 +145,38 @@ def sampling_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def seed_draws(seed: int, device: torch.device) -> None:
+    """Let what torch draws on the CPU and on `device` follow from `seed`; other devices stay.
+
+    Args:
+        seed: in [0, 2**64).
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Afterwards, torch's random numbers on the CPU and on `device` go on as if nothing had been
+    drawn meanwhile."""
+    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        if mps_state is not None:
+            torch.mps.set_rng_state(mps_state)
+
+
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """While open, torch's random numbers follow from `seed`; then its state is as before."""
-    with torch.random.fork_rng(
-        devices=[device] if device.type == "cuda" else [], device_type="cuda"
-    ):
-        torch.manual_seed(seed)
+    """While open, random numbers are those of `seed_draws`; then the state is as before."""
+    with random_state_kept(device):
+        seed_draws(seed, device)
         yield
 
 

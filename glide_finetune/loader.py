@@ -32,7 +32,9 @@ class TextImageDataset(Dataset):
     caption file are left out (`without_caption` counts them); without it every image has the empty
     caption. `resize_ratio`, `uncond_p` and `random_hflip` are those of `SampleRecipe`.
 
-    All draws of a sample derive from (seed, epoch, its key): `set_epoch` gives new ones. A sample
+    All draws of a sample derive from (seed, epoch, its key), so `dataset[i]` is the same item until
+    `set_epoch(epoch)` is called: do so before each epoch of a loop of your own over a `DataLoader`
+    (`run_glide_finetune_epoch` does it), or every epoch has the same crops and captions. A sample
     that cannot be read is named once in a warning and counted in `skipped`; another takes its
     place: a random one with `shuffle`, otherwise the next. (The order in which samples are visited
     is the data loader's.)

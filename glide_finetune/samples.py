@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from glide_finetune import images
 from glide_finetune.config import TrainConfig, read_prompts
-from glide_finetune.glide_util import sample, seeded
+from glide_finetune.glide_util import random_state_kept, sample, seed_draws
+from glide_finetune.seeds import derived_seed
 
 if TYPE_CHECKING:
     from glide_finetune.trainer import Trainer
@@ -21,6 +22,8 @@ CELL_WIDTH = 192  # smaller pictures are enlarged towards it, by a whole factor
 FONT_SIZE = 12
 LINE_HEIGHT = 15
 MOST_LABEL_LINES = 5
+
+PICTURES_A_PASS = 16  # drawn at once, so that memory does not depend on how many prompts there are
 
 
 def labelled_grid(pictures: torch.Tensor, labels: list[str], columns: int = 0) -> Image.Image:
@@ -99,26 +102,18 @@ class SampleDrawer:
 
     def __call__(self, trainer: "Trainer") -> Path:
         """Draw, save and log a grid; the trainer's model and torch's random state stay as is."""
+        labels = [prompt for prompt in self.prompts for _ in range(self.config.test_batch_size)]
         with contextlib.ExitStack() as stack:
             if trainer.ema:
                 stack.enter_context(trainer.ema.applied())
-            stack.enter_context(seeded(self.config.seed, trainer.device))
+            stack.enter_context(random_state_kept(trainer.device))
             stack.enter_context(trainer.precision.autocast())
-            pictures = sample(
-                trainer.model,
-                self.options,
-                self.config.image_width,
-                self.config.image_height,
-                self.prompts,
-                self.config.test_batch_size,
-                self.config.test_guidance_scale,
-                trainer.device,
-                self.respacing,
-                upsample_enabled=self.config.train_upsample,
-                image_to_upsample="" if self.low_res is None else self.low_res,
-                sampler=self.sampler,
+            pictures = torch.cat(
+                [
+                    self._draw(trainer, start, labels[start : start + PICTURES_A_PASS])
+                    for start in range(0, len(labels), PICTURES_A_PASS)
+                ]
             )
-        labels = [prompt for prompt in self.prompts for _ in range(self.config.test_batch_size)]
         grid = labelled_grid(pictures, labels)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{trainer.progress.step:08d}.png"
@@ -128,3 +123,21 @@ class SampleDrawer:
             trainer.progress.step,
         )  # fmt: skip
         return path
+
+    def _draw(self, trainer: "Trainer", start: int, captions: list[str]) -> torch.Tensor:
+        """The pictures of these captions, the first of which is number `start` of all."""
+        seed_draws(derived_seed(self.config.seed, "samples", start), trainer.device)
+        return sample(
+            trainer.model,
+            self.options,
+            self.config.image_width,
+            self.config.image_height,
+            captions,
+            1,
+            self.config.test_guidance_scale,
+            trainer.device,
+            self.respacing,
+            upsample_enabled=self.config.train_upsample,
+            image_to_upsample="" if self.low_res is None else self.low_res,
+            sampler=self.sampler,
+        )

@@ -5,7 +5,6 @@ the epoch and its position; so a run that goes on from a checkpoint makes the sa
 that never stopped, and no random state needs to be kept.
 """
 
-import contextlib
 import itertools
 import logging
 import math
@@ -17,17 +16,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from glide_finetune import checkpoints
 from glide_finetune.batch_losses import LossMeter, batch_losses
 from glide_finetune.config import TrainConfig
 from glide_finetune.ema import EMA
 from glide_finetune.fp16_util import Precision
+from glide_finetune.glide_util import seed_draws
 from glide_finetune.memory import peak_memory
 from glide_finetune.metrics import MetricsLog
 from glide_finetune.optimization import learning_rate_factor, restore_optimizer
 from glide_finetune.seeds import derived_seed
+from glide_finetune.step_display import StepDisplay
 from glide_finetune.weights import read_weights
 from glide_text2im.gaussian_diffusion import GaussianDiffusion
 
@@ -47,13 +47,15 @@ class Progress:
     """Where a run is. Counts are since its start, over all epochs.
 
     epoch: epochs that are complete. batch: batches of the current one that are used up.
-    step: optimizer steps, those included that were skipped. images: trained on.
+    step: optimizer steps, those included that were skipped, and those before the run where it
+    began with the training state of another one: `first_step`. images: trained on.
     skipped_steps: whose loss or gradient was not finite; skipped_in_a_row: the last of them.
     """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
+    first_step: int = 0
     images: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
@@ -69,14 +71,16 @@ class Trainer:
         config: the settings of the run.
         options: what the model was made with.
         device: where to compute.
-        run_folder: where checkpoints go.
-        log: takes the metrics.
-        draw_samples: called as draw_samples(trainer) every `log_frequency` steps and at the end.
         validate: called as validate(trainer) every `eval_interval` steps and at the end; returns
             metrics.
         trained_from: what the first weights were, for the checkpoint's description.
+        run_folder: where checkpoints go.
+        log: takes the metrics.
+        draw_samples: called as draw_samples(trainer) every `log_frequency` steps and at the end.
 
     Attributes:
+        run_folder, log, draw_samples: may be set until training begins; so a run can `restore` a
+            checkpoint before it writes anything.
         progress: where the run is.
         ema: the average of the weights, None without `ema_rate`.
         precision: how the model computes.
@@ -92,11 +96,11 @@ class Trainer:
         *,
         options: dict[str, Any],
         device: torch.device | str,
-        run_folder: Path,
-        log: MetricsLog,
-        draw_samples: Callable[["Trainer"], Any] | None = None,
         validate: Callable[["Trainer"], dict[str, float]] | None = None,
         trained_from: str = "",
+        run_folder: Path | None = None,
+        log: MetricsLog | None = None,
+        draw_samples: Callable[["Trainer"], Any] | None = None,
     ) -> None:
         self.model = model
         self.diffusion = diffusion
@@ -105,41 +109,46 @@ class Trainer:
         self.options = options
         self.device = torch.device(device)
         self.run_folder = run_folder
-        self.log = log
+        self.log = log or MetricsLog(None)
+        self.draw_samples = draw_samples
         self.trained_from = trained_from
         self.precision = Precision(config.precision, self.device)
         self.scaler = self.precision.grad_scaler()
         self.ema = EMA(model, config.ema_rate) if config.ema_rate else None
         self.progress = Progress()
         self.stop_requested = False
-        self._draw_samples = draw_samples
         self._validate = validate
         self._learning_rates = [group["lr"] for group in optimizer.param_groups]
         self._total_steps: int | None = None
-        self._saved_step: int | None = None
+        self._saved_step = 0
         self._last_metrics: dict[str, float] = {}
-        self._bar = tqdm(disable=True)
 
     # ---------------------------------------------------------------- the loop
     def train(self, loader: Iterable) -> None:
         """Run epochs until the last one, the last step, or a request to stop; then save."""
-        if self._reached_end():
+        if self.reached_end():
             logger.warning(
                 "nothing left to train: the run has made its %d steps in %d epochs; raise "
                 "--max_steps or --epochs to go on", self.progress.step, self.progress.epoch,
             )  # fmt: skip
-        with self.progress_bar(loader):
-            while not (self._reached_end() or self.stop_requested):
-                self.run_epoch(loader)
+        with self.display(loader) as display:
+            while not (self.reached_end() or self.stop_requested):
+                self.run_epoch(loader, display)
         self.save()
 
-    def run_epoch(self, loader: Iterable) -> None:
+    def display(self, loader: Iterable) -> StepDisplay:
+        """What shows the steps of this run."""
+        return StepDisplay(self.progress.step, self._count_steps(loader))
+
+    def run_epoch(self, loader: Iterable, display: StepDisplay) -> None:
         """Go through what is left of the current epoch, or until the run is to end.
 
         Args:
             loader: gives batches as `batch_losses` takes them; the keys of the samples, last in a
                 batch, name the samples of a step that is skipped. With `set_epoch(epoch,
-                start_batch)` it starts where a resumed run left off.
+                start_batch)` it starts where a resumed run left off. Where it has none but its
+                `dataset` has `set_epoch(epoch)`, that is called.
+            display: shows the steps.
 
         Raises:
             ValueError: there is no batch in the epoch.
@@ -147,30 +156,25 @@ class Trainer:
         """
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.progress.epoch, start_batch=self.progress.batch)
+        elif hasattr(getattr(loader, "dataset", None), "set_epoch"):  # torch's DataLoader
+            loader.dataset.set_epoch(self.progress.epoch)
         self._total_steps = self._count_steps(loader)
         self.model.train()
         started = time.perf_counter()
-        for batches in groups_of(self.config.gradient_accumulation_steps, loader):
+        groups = groups_of(self.config.gradient_accumulation_steps, loader)
+        for batches, ends_epoch in with_last(groups):
             metrics = self.train_step(batches)
             # with the time spent waiting for the batches, without that for samples and saving
             metrics["images_per_second"] = _image_count(batches) / (time.perf_counter() - started)
-            self._after_step(metrics)
-            if self._reached_end() or self.stop_requested:
+            is_last = ends_epoch and self.progress.epoch + 1 >= self.config.epochs
+            self._after_step(metrics, display, is_last or self._made_max_steps())
+            if self.reached_end() or self.stop_requested:
                 return
             started = time.perf_counter()
         if self.progress.batch == 0:
             raise ValueError("the data gave no batch: it is empty or everything was filtered out")
         self.progress.epoch += 1
         self.progress.batch = 0
-
-    @contextlib.contextmanager
-    def progress_bar(self, loader: Iterable) -> Iterator[None]:
-        """While open, steps, loss, images a second and the time left are shown."""
-        with tqdm(
-            initial=self.progress.step, total=self._count_steps(loader), unit="step",
-            dynamic_ncols=True, smoothing=0.1,
-        ) as self._bar:  # fmt: skip
-            yield
 
     def train_step(self, batches: list) -> dict[str, float]:
         """Make one optimizer step with the mean gradient over all samples of `batches`.
@@ -184,7 +188,9 @@ class Trainer:
         image_count = _image_count(batches)
         meter = LossMeter(self.diffusion.num_timesteps)
         for index, batch in enumerate(batches):
-            torch.manual_seed(derived_seed(self.config.seed, "step", self.progress.step, index))
+            seed_draws(
+                derived_seed(self.config.seed, "step", self.progress.step, index), self.device
+            )
             with self.precision.autocast():
                 losses, timesteps = batch_losses(
                     self.model, self.diffusion, batch, self.device,
@@ -195,9 +201,9 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(
             self.model.parameters(), self.config.max_grad_norm or math.inf
-        ).item()
-        metrics = meter.means() | {"grad_norm": grad_norm, "lr": learning_rate}
-        if math.isfinite(metrics["loss"]) and math.isfinite(grad_norm):
+        )
+        metrics = meter.means(grad_norm=grad_norm) | {"lr": learning_rate}
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
             self.scaler.step(self.optimizer)
             if self.ema:
                 self.ema.update()
@@ -237,22 +243,17 @@ class Trainer:
             )
 
     # ------------------------------------------------------- between the steps
-    def _after_step(self, metrics: dict[str, float]) -> None:
+    def _after_step(self, metrics: dict[str, float], display: StepDisplay, is_last: bool) -> None:
         """Validate, log, draw samples and save, each if it is time for it."""
         step, config = self.progress.step, self.config
-        is_last = step == self._total_steps
         metrics |= {"epoch": self.progress.epoch, **peak_memory(self.device)}
         if self._validate and (is_last or is_time(step, config.eval_interval)):
             metrics |= self._validate(self)
         self.log.log(metrics, step)
         self._last_metrics = metrics
-        self._bar.update()
-        self._bar.set_postfix(
-            epoch=self.progress.epoch, loss=f"{metrics['loss']:.4f}",
-            images_s=f"{metrics['images_per_second']:.1f}",
-        )  # fmt: skip
-        if self._draw_samples and (is_last or is_time(step, config.log_frequency)):
-            self._draw_samples(self)
+        display.show(step, metrics, is_last=is_last)
+        if self.draw_samples and (is_last or is_time(step, config.log_frequency)):
+            self.draw_samples(self)
         if is_time(step, config.save_checkpoint_interval):
             self.save()
 
@@ -262,17 +263,19 @@ class Trainer:
             per_epoch = math.ceil(len(loader) / self.config.gradient_accumulation_steps)
         except TypeError:
             return self.config.max_steps or None
-        steps = per_epoch * self.config.epochs
+        steps = self.progress.first_step + per_epoch * self.config.epochs
         return min(steps, self.config.max_steps or steps)
 
-    def _reached_end(self) -> bool:
-        if self.config.max_steps and self.progress.step >= self.config.max_steps:
-            return True
-        return self.progress.epoch >= self.config.epochs
+    def reached_end(self) -> bool:
+        """Whether the last step or epoch is made."""
+        return self._made_max_steps() or self.progress.epoch >= self.config.epochs
+
+    def _made_max_steps(self) -> bool:
+        return 0 < self.config.max_steps <= self.progress.step
 
     # ------------------------------------------------------------- checkpoints
     def save(self) -> None:
-        """Write a checkpoint of this step, unless it is written already."""
+        """Write a checkpoint, unless no step was made since the last one or since the start."""
         if self._saved_step == self.progress.step:
             return
         checkpoints.save_checkpoint(
@@ -283,7 +286,6 @@ class Trainer:
             ema_state=self.ema.model_state() if self.ema else None,
             training_state={
                 "progress": asdict(self.progress),
-                "seed": self.config.seed,  # with the progress, all there is of random state
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "ema_updates": self.ema.updates if self.ema else 0,
@@ -301,8 +303,11 @@ class Trainer:
         if self.config.keep_checkpoints:
             checkpoints.prune(self.run_folder, self.config.keep_checkpoints)
 
-    def restore(self, files: checkpoints.CheckpointFiles) -> None:
+    def restore(self, files: checkpoints.CheckpointFiles, *, new_run: bool = False) -> None:
         """Go on from a checkpoint whose weights the model already has.
+
+        A `new_run` takes optimizer, loss scale, average and the count of steps, but begins with
+        its own first epoch.
 
         Raises:
             ValueError: the training state is damaged or belongs to other parameters.
@@ -314,8 +319,10 @@ class Trainer:
         if self.ema and files.ema:
             self.ema.load(read_weights(files.ema), state["ema_updates"])
         self.progress = Progress(**state["progress"])
-        if files.training_state.parent == self.run_folder:
-            self._saved_step = self.progress.step
+        if new_run:
+            step = self.progress.step
+            self.progress = Progress(step=step, first_step=step)
+        self._saved_step = self.progress.step
 
 
 def is_time(step: int, interval: int) -> bool:
@@ -328,6 +335,16 @@ def groups_of(size: int, items: Iterable) -> Iterator[list]:
     iterator = iter(items)
     while group := list(itertools.islice(iterator, size)):
         yield group
+
+
+def with_last(items: Iterable) -> Iterator[tuple[Any, bool]]:
+    """Each item with whether it is the last; so the one behind it is fetched first."""
+    iterator = iter(items)
+    for item in iterator:
+        for following in iterator:
+            yield item, False
+            item = following
+        yield item, True
 
 
 def _image_count(batches: list) -> int:

@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from glide_finetune import demo
 from glide_finetune.atomic_files import remove_temporary
 from glide_finetune.checkpoints import CheckpointFiles, files_beside, newest_checkpoint
-from glide_finetune.config import FIELDS, TrainConfig
+from glide_finetune.config import FIELDS, TrainConfig, recorded
 from glide_finetune.glide_util import load_model, read_image
 from glide_finetune.metrics import MetricsLog
 from glide_finetune.optimization import make_optimizer
@@ -27,6 +27,8 @@ from glide_finetune.training_data import TrainingData, make_training_data
 from glide_finetune.validation import Validator
 
 logger = logging.getLogger(__name__)
+
+SAMPLES_NAME = "samples"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ def run(config: TrainConfig) -> Outcome:
 
     origin = find_origin(config)
     checkpoint = origin.checkpoint
+    # first the data, since mistakes in it should not have to wait for a download
+    data = make_training_data(config, config.options, device)
+    low_res = image_to_upsample(config, data)
     model, diffusion, options = load_model(
         str(checkpoint.weights) if checkpoint else "",
         use_fp16=config.use_fp16,
@@ -68,42 +73,41 @@ def run(config: TrainConfig) -> Outcome:
         model_options=config.options,
         device=device,
     )
-    data = make_training_data(config, options, device)
-    low_res = image_to_upsample(config, data)
-    validate = data.validation and Validator(data.validation, config, diffusion.num_timesteps)
+    trainer = Trainer(
+        model,
+        diffusion,
+        make_optimizer(model, config.learning_rate, config.adam_weight_decay),
+        config,
+        options=options,
+        device=device,
+        validate=data.validation and Validator(data.validation, config, diffusion.num_timesteps),
+        trained_from=origin.first["resume_ckpt"] or config.init,
+    )
+    if checkpoint and checkpoint.training_state and not origin.weights_only:
+        trainer.restore(checkpoint, new_run=not origin.goes_on)
+        if not origin.goes_on and trainer.reached_end():
+            raise ValueError(
+                f"--max_steps is {config.max_steps}, but {checkpoint.weights} is of step "
+                f"{trainer.progress.step} already: give a higher one, or --weights_only, which "
+                "counts from 0"
+            )
 
     # from here on something is written
-    run_folder = origin.run_dir or create_run(config.checkpoints_dir)
+    trainer.run_folder = run_folder = origin.run_dir or create_run(config.checkpoints_dir)
     remove_temporary(run_folder)
-    recorded = config.to_dict() | origin.first
-    write_args(run_folder, recorded)
-    draw_samples = None
+    settings = recorded(config) | origin.first
+    write_args(run_folder, settings)
     if config.log_frequency:
-        draw_samples = SampleDrawer(config, options, run_folder / "samples", low_res)
-    log = MetricsLog(
+        trainer.draw_samples = SampleDrawer(config, options, run_folder / SAMPLES_NAME, low_res)
+    trainer.log = MetricsLog(
         run_folder,
         resume_step=checkpoint.step if checkpoint and origin.goes_on else None,
         project=config.project_name,
-        config=recorded,
+        config=settings,
     )
-    with contextlib.closing(log):
-        trainer = Trainer(
-            model,
-            diffusion,
-            make_optimizer(model, config.learning_rate, config.adam_weight_decay),
-            config,
-            options=options,
-            device=device,
-            run_folder=run_folder,
-            log=log,
-            draw_samples=draw_samples,
-            validate=validate,
-            trained_from=origin.first["resume_ckpt"] or config.init,
-        )
-        if checkpoint and checkpoint.training_state and not origin.weights_only:
-            trainer.restore(checkpoint)
+    with contextlib.closing(trainer.log):
         announce(trainer, data)
-        warn_of_changes(origin.settings, recorded)
+        warn_of_changes(origin.settings, settings)
         with logging_redirect_tqdm(), stopping_on_signals(trainer) as received:
             trainer.train(data.loader)
     return report_end(trainer, received)
@@ -174,10 +178,11 @@ def image_to_upsample(config: TrainConfig, data: TrainingData) -> torch.Tensor |
     """What an upsampler's samples are made from: the image that is asked for, or held-back data."""
     if not config.image_to_upsample:
         return data.low_res
+    path = Path(config.image_to_upsample).expanduser()
     try:
-        return read_image(config.image_to_upsample, (config.side_x, config.side_y))
+        return read_image(path, (config.side_x, config.side_y))
     except ValueError as error:
-        raise ValueError(f"--image_to_upsample: {config.image_to_upsample}: {error}") from None
+        raise ValueError(f"--image_to_upsample: {error}") from None
 
 
 def announce(trainer: Trainer, data: TrainingData) -> None:
@@ -208,7 +213,9 @@ def report_end(trainer: Trainer, received: list[signal.Signals]) -> Outcome:
     """Say how training ended and what to do next."""
     step, run_folder = trainer.progress.step, trainer.run_folder
     if not received:
-        logger.info("finished at step %d; everything is in %s", step, run_folder)
+        grids = sorted((run_folder / SAMPLES_NAME).glob("*.png"))
+        results = f"the samples are in {grids[-1]}, everything else" if grids else "everything"
+        logger.info("finished at step %d; %s is in %s", step, results, run_folder)
         return Outcome(run_folder)
     logger.info(
         "stopped by %s, saved at step %d; to go on: python train_glide.py --resume_ckpt %s",

@@ -296,7 +296,9 @@ def glide_wds_loader(
         dataset_name: laion filters by its metadata; alamy takes the caption from the metadata and
             only English ones; generic takes image and caption as they are.
         upscale_factor: of the upsampler's high-res image.
-        seed, epoch: what all draws and orders derive from; see `ShardStream.set_epoch`.
+        seed, epoch: what all draws and orders derive from. Every iteration gives the same items
+            in the same order until `set_epoch(epoch)` is called on the result; in a loop of your
+            own do so before each epoch.
         resize_ratio, random_hflip: as in `SampleRecipe`.
         shuffle_buffer: encoded samples held by each worker to shuffle; also shuffles the order of
             the shards. 0 leaves everything in stored order.

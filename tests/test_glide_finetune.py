@@ -16,6 +16,7 @@ from glide_finetune.glide_finetune import (
     upsample_train_step,
 )
 from glide_finetune.glide_util import load_model
+from glide_finetune.loader import TextImageDataset
 from glide_finetune.metrics import read_metrics
 from glide_finetune.optimization import make_optimizer
 from glide_text2im.model_creation import create_model_and_diffusion
@@ -155,6 +156,51 @@ def test_steps_are_counted_over_all_epochs_and_draws_differ(tmp_path):
     ]  # fmt: skip
     assert len({line["mse"] for line in lines}) == 6  # same data and weights, other noise
     assert (tmp_path / "checkpoints" / "glide-ft-2x6.pt").exists()
+
+
+def test_metrics_are_only_ever_added_also_where_epochs_begin_again(tmp_path):
+    for _ in range(2):
+        run_epoch(tmp_path, loader(2), log_frequency=0)
+    assert [line["step"] for line in read_metrics(tmp_path / "checkpoints")] == [1, 2, 3, 4]
+
+
+def test_other_draws_of_the_caller_stay_as_they_are(tmp_path):
+    numbers = []
+    for batches in (1, 3):
+        model = tiny_model()
+        torch.manual_seed(0)
+        run_epoch(tmp_path, loader(batches), model=model, log_frequency=0)
+        numbers.append(torch.rand(()).item())
+    assert numbers[0] == numbers[1]
+
+
+def test_every_epoch_over_a_folder_has_crops_of_its_own(tmp_path):
+    (tmp_path / "data").mkdir()
+    Image.effect_noise((40, 40), 80).convert("RGB").save(tmp_path / "data" / "0.png")
+    dataset = TextImageDataset(
+        tmp_path / "data", side_x=SIDE, side_y=SIDE, resize_ratio=0.2, text_ctx_len=8
+    )
+    seen = []
+
+    class Watched(DataLoader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                seen.append(batch[2])
+                yield batch
+
+    for epoch in range(2):
+        run_epoch(tmp_path, Watched(dataset), log_frequency=0, epoch=epoch)
+    assert not torch.equal(*seen)
+
+
+def test_a_failing_wandb_run_does_not_end_the_epoch(tmp_path, caplog):
+    wandb_run = mock.Mock(spec=["log"])
+    wandb_run.log.side_effect = RuntimeError("no network")
+    run_epoch(tmp_path, loader(2), log_frequency=1, wandb_run=wandb_run)
+    assert len(read_metrics(tmp_path / "checkpoints")) == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "wandb is off for this run (RuntimeError: no network)"
+    ]
 
 
 def test_the_learning_rate_of_the_optimizer_is_left_as_it_is(tmp_path):

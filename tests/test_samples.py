@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from glide_finetune import samples
 from glide_finetune.samples import MOST_LABEL_LINES, PADDING, SampleDrawer, labelled_grid
 from tiny_training import SIDE, assert_same_weights, tiny_batch, tiny_trainer, weights_of
 
@@ -81,6 +82,20 @@ def test_grids_are_named_by_step_and_logged_with_their_captions(tmp_path):
     assert (name, step) == ("samples", 1200)
     assert labels == ["a cat", "a cat", "a dog", "a dog"]
     assert [picture.size for picture in pictures] == [(SIDE, SIDE)] * 4
+
+
+def test_many_prompts_are_drawn_in_passes_of_limited_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "PICTURES_A_PASS", 3)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    trainer = tiny_trainer(tmp_path, prompt_file=str(prompts), test_batch_size=4, log=mock.Mock())
+    sizes = []
+    trainer.model.register_forward_hook(lambda model, inputs, out: sizes.append(len(out)))
+    drawer(trainer, tmp_path / "samples")(trainer)
+    assert set(sizes) == {6, 4}  # with as many empty captions: 3, 3 and 2 pictures
+    _, pictures, labels, _ = trainer.log.log_images.call_args.args
+    assert labels == ["a cat"] * 4 + ["a dog"] * 4
+    assert len({picture.tobytes() for picture in pictures}) == 8  # no pass repeats another's noise
 
 
 def test_samples_come_from_the_averaged_weights(tmp_path):

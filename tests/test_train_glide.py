@@ -179,7 +179,12 @@ class TestRun:
         out = (whole / "stdout.txt").read_text()
         assert "base model" in out
         assert "10 images of data, at 8x8; 1 to validate on" in out
-        assert "finished at step 25; everything is in whole/0000" in out
+        assert "step      25/25  loss 0" in out  # as there is no terminal for a bar
+        assert "it/s" not in out
+        assert (
+            "finished at step 25; the samples are in whole/0000/samples/00000025.png, "
+            "everything else is in whole/0000" in out
+        )
 
     def test_its_weights_fit_a_freshly_made_model(self, whole):
         options = json.loads((whole / "glide-ft-5x25.json").read_text())["model_options"]
@@ -296,21 +301,35 @@ class TestResuming:
         assert group["weight_decay"] == 0.1
         assert json.loads((run / "args.json").read_text())["learning_rate"] == 2e-3
 
+    def test_a_refused_resume_leaves_the_run_as_it_was(self, place, whole, capsys):
+        run = as_if_killed(whole, place / "refused" / "0000", 7)
+        before = {path.name: path.read_bytes() for path in run.iterdir()}
+        assert main(["--resume_ckpt", str(run), "--freeze_transformer"]) == 1
+        assert "other parameters frozen" in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+    def test_a_run_goes_on_from_another_folder(self, place, whole, tmp_path, monkeypatch):
+        run = as_if_killed(whole, place / "elsewhere" / "0000", 7)
+        monkeypatch.chdir(tmp_path)
+        assert main(["--resume_ckpt", str(run), "--max_steps", "8", "--log_frequency", "0"]) == 0
+        assert newest_checkpoint(run).step == 8
+        assert list(tmp_path.iterdir()) == []
+
     def test_a_run_without_a_checkpoint_begins_again_as_it_began(self, place, whole, caplog):
         caplog.set_level(logging.INFO)
         given = str(whole / "glide-ft-1x7.pt")
         words = ["--resume_ckpt", given, "--checkpoints_dir", "early", "--log_frequency", "0"]
         assert main([*SMALL_MODEL, *words, "--ema_rate", "0.9", "--max_steps", "8"]) == 0
         run = place / "early" / "0000"
-        first = load(run / "glide-ft-1x8.pt")
+        first = load(run / "glide-ft-0x8.pt")
         for path in run.glob("glide-ft-*"):
             path.unlink()
         caplog.clear()
         assert main(["--resume_ckpt", str(run)]) == 0
         assert "from step 7" in caplog.text
-        assert_same(load(run / "glide-ft-1x8.pt"), first)
+        assert_same(load(run / "glide-ft-0x8.pt"), first)
         assert json.loads((run / "args.json").read_text())["resume_ckpt"] == given
-        description = json.loads((run / "glide-ft-1x8.json").read_text())
+        description = json.loads((run / "glide-ft-0x8.json").read_text())
         assert description["trained_from"] == given
 
 
@@ -325,9 +344,22 @@ class TestStartingFromWeights:
         same = [*EXACT, "--max_steps", "9", "--data_dir", "data"]
         assert self.from_file("stated", whole / "glide-ft-1x7.pt", *same) == 0
         lines = read_metrics(place / "stated" / "0000")
-        assert [line["step"] for line in lines] == [8, 9]
-        for line, theirs in zip(lines, read_metrics(whole)[7:9], strict=True):
-            assert line["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert [(line["step"], line["epoch"]) for line in lines] == [(8, 0), (9, 0)]
+        (state,) = (place / "stated" / "0000").glob("training-state-0x9.pt")
+        assert load(state)["optimizer"]["state"][0]["step"] == 9
+
+    def test_a_file_of_a_finished_run_is_trained_for_as_many_epochs_again(self, place, whole):
+        words = ["--epochs", "1", "--data_dir", "data", "--gradient_accumulation_steps", "4"]
+        assert self.from_file("more", whole / "glide-ft-5x25.pt", *words) == 0
+        assert [line["step"] for line in read_metrics(place / "more" / "0000")] == [26, 27, 28]
+        assert (place / "more" / "0000" / "glide-ft-1x28.pt").exists()
+
+    def test_a_last_step_that_the_file_is_beyond_is_refused(self, place, whole, capsys):
+        assert self.from_file("beyond", whole / "glide-ft-1x7.pt", "--max_steps", "7") == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "--max_steps is 7" in error
+        assert "step 7 already" in error
+        assert not (place / "beyond").exists()
 
     def test_weights_only_leaves_the_training_state(self, place, whole):
         weights = whole / "glide-ft-1x7.pt"
@@ -353,11 +385,12 @@ class TestStartingFromWeights:
         state = load(run / "training-state-0x2.pt")["optimizer"]["state"]
         assert len(state) == len(before) - len(frozen)
 
-    def test_a_training_state_of_other_frozen_parts_is_refused(self, whole, capsys):
+    def test_a_training_state_of_other_frozen_parts_is_refused(self, place, whole, capsys):
         assert self.from_file("misfit", whole / "glide-ft-1x7.pt", "--freeze_transformer") == 1
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("train_glide.py: error: ")
         assert "--weights_only" in error
+        assert not (place / "misfit").exists()
 
     def test_weights_of_another_kind_are_refused_naming_both(self, place, whole, capsys):
         shutil.copy(whole / "glide-ft-1x7.pt", place / "undescribed.pt")
@@ -390,13 +423,20 @@ class TestKindsOfRun:
         assert len(list((run / "samples").glob("*.png"))) == 2
         assert json.loads((run / "glide-ft-0x2.json").read_text())["kind"] == "upsample"
 
-    def test_an_image_to_upsample_that_is_none_ends_it_before_a_run_is_made(self, place, capsys):
-        words = ["--train_upsample", "--image_to_upsample", "data/0.txt"]
-        assert main([*SMALL_MODEL, *words, "--checkpoints_dir", "no_image"]) == 1
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert "--image_to_upsample" in error
-        assert "data/0.txt" in error
-        assert not (place / "no_image").exists()
+    def test_shards_without_the_key_are_found_before_a_download(self, place, capsys, monkeypatch):
+        monkeypatch.setattr(training_run, "load_model", None)
+        words = ["--data_dir", "tars", "--use_webdataset", "--wds_image_key", "webp"]
+        assert main([*words, "--checkpoints_dir", "no_key"]) == 1
+        assert "11 no .webp" in capsys.readouterr().err
+        assert not (place / "no_key").exists()
+
+    def test_an_error_shows_where_it_comes_from_if_asked(self, capsys, monkeypatch):
+        words = ["--data_dir", "tars", "--use_webdataset", "--wds_image_key", "webp"]
+        monkeypatch.setenv("GLIDE_TRACEBACK", "1")
+        assert main(words) == 1
+        error = capsys.readouterr().err
+        assert "Traceback (most recent call last)" in error
+        assert error.splitlines()[-1].startswith("train_glide.py: error: ")
 
     def test_shards_train_too_with_frozen_parts_bf16_and_recomputing(self, place, caplog):
         caplog.set_level(logging.INFO)

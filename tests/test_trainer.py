@@ -12,7 +12,7 @@ from glide_finetune.checkpoints import newest_checkpoint, read_training_state
 from glide_finetune.glide_finetune import base_train_step
 from glide_finetune.metrics import MetricsLog, read_metrics
 from glide_finetune.trainer import Progress, TrainingDiverged
-from glide_finetune.weights import load_weights
+from glide_finetune.weights import read_weights
 from tiny_training import (
     assert_same_weights,
     tiny_batch,
@@ -279,6 +279,20 @@ def test_intervals_of_zero_mean_never(tmp_path):
     assert [path.name for path in tmp_path.glob("glide-ft-*.pt")] == ["glide-ft-1x2.pt"]
 
 
+def test_a_stream_that_ends_is_validated_and_drawn_at_its_last_step_too(tmp_path):
+    drawn = []
+    trainer = tiny_trainer(
+        tmp_path,
+        epochs=2,
+        log=MetricsLog(tmp_path),
+        draw_samples=lambda t: drawn.append(t.progress.step),
+        validate=lambda t: {"val/loss": 0.5},
+    )
+    trainer.train(Stream(3))
+    assert drawn == [6]
+    assert [line["step"] for line in read_metrics(tmp_path) if "val/loss" in line] == [6]
+
+
 @pytest.mark.parametrize("kind", [Batches, Stream])
 def test_max_steps_ends_a_run_in_the_middle_of_an_epoch(tmp_path, kind):
     drawn = []
@@ -335,7 +349,7 @@ def test_a_run_that_is_finished_says_so_and_stays_as_it_is(tmp_path, caplog):
 def resumed(folder, model_type="base", **settings):
     trainer = tiny_trainer(folder, model_type, **settings)
     files = newest_checkpoint(folder)
-    load_weights(trainer.model, files.weights)
+    trainer.model.load_state_dict(read_weights(files.weights))
     trainer.restore(files)
     return trainer
 
@@ -394,6 +408,53 @@ def test_a_resumed_run_ends_bit_for_bit_where_one_that_never_stopped_does(
         for folder in folders
     ]
     assert histories[0] == histories[1]
+
+
+def test_a_new_run_takes_the_state_and_the_count_of_steps_but_goes_through_its_own_epochs(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    old = tiny_trainer(tmp_path / "old", epochs=1, ema_rate=0.9)
+    old.train(Batches(3))
+    new = tiny_trainer(tmp_path / "new", epochs=2, ema_rate=0.9, lr_schedule="cosine")
+    files = newest_checkpoint(tmp_path / "old")
+    new.model.load_state_dict(read_weights(files.weights))
+    new.restore(files, new_run=True)
+    assert_same_weights(read_moments(new), read_moments(old))
+    assert new.ema.updates == 3
+    loader = Batches(2)
+    new.train(loader)
+    assert loader.given == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert new.progress == Progress(epoch=2, step=7, first_step=3, images=8)
+    assert [path.name for path in (tmp_path / "new").glob("glide*7.pt")] == ["glide-ft-2x7.pt"]
+    # and so does one that goes on with it
+    again = tiny_trainer(tmp_path / "new", epochs=3, ema_rate=0.9)
+    again.restore(newest_checkpoint(tmp_path / "new"))
+    again.train(Batches(2))
+    assert again.progress.step == 9
+
+
+def test_nothing_is_saved_where_no_step_was_made(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.stop_requested = True
+    trainer.train(Batches(2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loader_without_epochs_passes_them_on_to_its_dataset(tmp_path):
+    epochs = []
+
+    class Items(torch.utils.data.Dataset):
+        def set_epoch(self, epoch):
+            epochs.append(epoch)
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return tuple(part[0] for part in tiny_batch(1, seed=range(2)[index]))
+
+    tiny_trainer(tmp_path, epochs=3).train(torch.utils.data.DataLoader(Items(), batch_size=2))
+    assert epochs == [0, 1, 2]
 
 
 def test_counts_of_skipped_steps_survive_a_resume(tmp_path):
