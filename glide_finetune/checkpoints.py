@@ -11,10 +11,9 @@ Each file appears whole or not at all. The description comes last and goes first
 is whole exactly if it is there and the files that it names have the sizes that it gives.
 """
 
-import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,6 @@ from torch import Tensor
 
 from glide_finetune.atomic_files import atomic_file, read_json, sync_folder, write_json_atomic
 from glide_finetune.weights import host_tensor, read_tensor_file, write_weights
-
-logger = logging.getLogger(__name__)
 
 _NAMES = {
     "weights": "glide-ft-{}x{}.pt",
@@ -41,14 +38,12 @@ _PATTERNS = {
 class CheckpointFiles:
     """The files of one checkpoint; None for those it does not have.
 
-    description: content of its JSON, empty if there is none. epoch, step: from the file names,
-    None if the weights file is called otherwise.
+    epoch, step: from the file names, None if the weights file is called otherwise.
     """
 
     weights: Path
     ema: Path | None = None
     training_state: Path | None = None
-    description: Mapping[str, Any] = field(default_factory=dict)
     epoch: int | None = None
     step: int | None = None
 
@@ -114,16 +109,10 @@ def files_beside(weights: Path) -> CheckpointFiles:
         return CheckpointFiles(weights)
     epoch, step = int(match[1]), int(match[2])
     paths = _paths(weights.parent, epoch, step)
-    description = {}
-    if paths["description"].exists():
-        try:
-            description = read_json(paths["description"])
-        except ValueError as error:
-            logger.warning("%s: the weights are used without it", error)
     beside = {}
     if role == "weights":
         beside = {role: paths[role] for role in ("ema", "training_state") if paths[role].exists()}
-    return CheckpointFiles(weights, description=description, epoch=epoch, step=step, **beside)
+    return CheckpointFiles(weights, epoch=epoch, step=step, **beside)
 
 
 def read_training_state(path: Path) -> dict[str, Any]:
@@ -170,7 +159,7 @@ def _if_whole(description_path: Path) -> CheckpointFiles | None:
         sizes_fit = all(paths[role].stat().st_size == files[role]["bytes"] for role in files)
         step, epoch = int(description["step"]), int(description["epoch"])
         if sizes_fit:
-            return CheckpointFiles(**paths, description=description, epoch=epoch, step=step)
+            return CheckpointFiles(**paths, epoch=epoch, step=step)
     except (ValueError, TypeError, LookupError, AttributeError, OSError):
         pass  # cut off, edited by hand, or half deleted
     return None

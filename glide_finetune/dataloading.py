@@ -33,15 +33,13 @@ def make_dataloader(
     seed: int,
     num_workers: int,
     device: torch.device | str,
-    shuffle: bool = True,
-    drop_last: bool = True,
 ) -> "FolderBatches | ShardBatches":
     """Batches of a dataset: tuples of stacked tensors, and a list of keys last if it gives them.
 
     Call `set_epoch(epoch, start_batch=0)`, then iterate; without a new call the same epoch comes
     again. `device` is where the batches will be used: for CUDA they come in pinned memory.
-    `seed` and `shuffle` are for the order of folders; a stream of shards has its own.
-    `drop_last` leaves out an incomplete last batch.
+    `seed` is for the order of folders; a stream of shards has its own. An incomplete last batch is
+    left out.
 
     A folder with fewer samples than a batch gives one batch, in which samples occur again with
     other crops. Raises ValueError while iterating if no sample can be used.
@@ -50,8 +48,8 @@ def make_dataloader(
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     pin_memory = torch.device(device).type == "cuda"
     if isinstance(dataset, ShardStream):
-        return ShardBatches(dataset, batch_size, num_workers, pin_memory, drop_last)
-    order = _FolderEpoch(len(dataset), batch_size, seed, shuffle, drop_last)
+        return ShardBatches(dataset, batch_size, num_workers, pin_memory)
+    order = _FolderEpoch(len(dataset), batch_size, seed)
     return FolderBatches(dataset, order, num_workers, pin_memory)
 
 
@@ -130,28 +128,20 @@ def _as_it_is(batch):
 class _FolderEpoch:
     """The batches of draws of one epoch, from `start_batch` on."""
 
-    def __init__(
-        self, samples: int, batch_size: int, seed: int, shuffle: bool, drop_last: bool
-    ) -> None:
+    def __init__(self, samples: int, batch_size: int, seed: int) -> None:
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
-        self.shuffle = shuffle
         self.epoch = self.start_batch = 0
-        if drop_last:
-            self.batches = max(1, samples // batch_size)
-        else:
-            self.batches = math.ceil(samples / batch_size)
-        self.draws = self.batches * batch_size if drop_last else samples
+        self.batches = max(1, samples // batch_size)
 
     def __iter__(self) -> Iterator[list[_Draw]]:
-        rounds = math.ceil(self.draws / self.samples)
+        draws = self.batches * self.batch_size
+        rounds = math.ceil(draws / self.samples)
         order = torch.cat([self._order(repeat) for repeat in range(rounds)])
-        for start in range(self.start_batch * self.batch_size, self.draws, self.batch_size):
-            places = range(start, min(start + self.batch_size, self.draws))
+        for start in range(self.start_batch * self.batch_size, draws, self.batch_size):
+            places = range(start, start + self.batch_size)
             yield [_Draw(int(order[i]), self.epoch, repeat=i // self.samples) for i in places]
 
     def _order(self, repeat: int) -> torch.Tensor:
-        if not self.shuffle:
-            return torch.arange(self.samples)
         seed = derived_seed(self.seed, self.epoch, "order", repeat)
         return torch.randperm(self.samples, generator=torch.Generator().manual_seed(seed))
 
@@ -199,9 +189,9 @@ class FolderBatches:
 class _ShardShare(IterableDataset):
     """What the workers of a stream hold: the batches of a worker's share of an epoch."""
 
-    def __init__(self, stream: ShardStream, batch_size: int, drop_last: bool) -> None:
+    def __init__(self, stream: ShardStream, batch_size: int) -> None:
         super().__init__()
-        self.stream, self.batch_size, self.drop_last = stream, batch_size, drop_last
+        self.stream, self.batch_size = stream, batch_size
         self.start_batch = SharedInteger()
 
     def __iter__(self) -> Iterator[tuple | _ShareEnd | None]:
@@ -218,7 +208,7 @@ class _ShardShare(IterableDataset):
         raw_samples = self.stream.raw_samples(epoch, worker, workers, rejected)
         for n in range(skip):
             size = sum(1 for _ in islice(raw_samples, self.batch_size))
-            if size == self.batch_size or (size and (n == 0 or not self.drop_last)):
+            if size == self.batch_size or (size and n == 0):
                 yield None
             if size < self.batch_size:
                 break
@@ -228,9 +218,7 @@ class _ShardShare(IterableDataset):
             if len(batch) == self.batch_size:
                 yield _collate(batch)
                 first, batch = False, []
-        if batch and not self.drop_last:
-            yield _collate(batch)
-        elif batch and first:
+        if batch and first:
             yield _collate(list(islice(cycle(batch), self.batch_size)))
         yield _ShareEnd(rejected)
 
@@ -257,26 +245,19 @@ class ShardBatches:
 
     At most as many workers are started as there are shards. An incomplete batch at the end of a
     worker's share is dropped; if it is the worker's only one, it is filled by repeating its items.
-
-    Attributes: `rejected`, counts by reason of what the last complete epoch left out.
+    After an epoch the log tells what was left out for which reason.
     """
 
     def __init__(
-        self,
-        stream: ShardStream,
-        batch_size: int,
-        num_workers: int,
-        pin_memory: bool,
-        drop_last: bool,
+        self, stream: ShardStream, batch_size: int, num_workers: int, pin_memory: bool
     ) -> None:
-        self._share = _ShardShare(stream, batch_size, drop_last)
+        self._share = _ShardShare(stream, batch_size)
         self._loader = DataLoader(
             self._share,
             batch_size=None,
             collate_fn=_as_it_is,
             **_loader_settings(min(num_workers, len(stream.shards)), pin_memory),
         )
-        self.rejected: Counter = Counter()
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         self._share.stream.set_epoch(epoch)
@@ -291,7 +272,6 @@ class ShardBatches:
             if place >= start_batch and message is not None:
                 yield message
             place += 1
-        self.rejected = rejected
         if place == 0:
             raise ValueError(nothing_left(rejected))
         if rejected:

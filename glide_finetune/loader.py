@@ -35,9 +35,8 @@ class TextImageDataset(Dataset):
     All draws of a sample derive from (seed, epoch, its key), so `dataset[i]` is the same item until
     `set_epoch(epoch)` is called: do so before each epoch of a loop of your own over a `DataLoader`
     (`run_glide_finetune_epoch` does it), or every epoch has the same crops and captions. A sample
-    that cannot be read is named once in a warning and counted in `skipped`; another takes its
-    place: a random one with `shuffle`, otherwise the next. (The order in which samples are visited
-    is the data loader's.)
+    that cannot be read is named once in a warning; another takes its place: a random one with
+    `shuffle`, otherwise the next. (The order in which samples are visited is the data loader's.)
 
     Raises ValueError for a missing folder, one without images or captions, and bad settings.
     """
@@ -79,18 +78,13 @@ class TextImageDataset(Dataset):
         self.seed = seed
         self.return_keys = return_keys
         self._epoch = SharedInteger()
-        self._bad = _flags(len(self.keys))
+        self._bad = _flags(len(self.keys))  # those that are named, by any worker
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> tuple:
         return self.draw(range(len(self))[index], self._epoch.value)
-
-    @property
-    def skipped(self) -> int:
-        """Number of different samples that could not be read so far, by any worker."""
-        return int(self._bad.sum())
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other crops, captions, dropouts and flips from now on, also in running workers."""

@@ -4,6 +4,7 @@ Nothing here imports torch.
 """
 
 import contextlib
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from glide_text2im.defaults import (
     model_and_diffusion_defaults,
     model_and_diffusion_defaults_upsampler,
 )
+
+logger = logging.getLogger(__name__)
 
 MODEL_TYPES = ("base", "upsample", "base-inpaint", "upsample-inpaint")
 NOISE_SCHEDULES = ("squaredcos_cap_v2", "linear")
@@ -87,12 +90,16 @@ def described_model(weights: Path) -> tuple[str, dict[str, Any]]:
     """The kind of model and its options from the JSON beside a checkpoint's weights.
 
     Those options are left out that say how to compute rather than what the network is. ("", {})
-    where there is no such JSON.
+    where there is no such JSON, with a warning if there is one that cannot be used.
     """
+    path = weights.with_name(weights.stem.removesuffix("-ema") + ".json")
+    if not path.exists():
+        return "", {}
     try:
-        description = read_json(weights.with_name(weights.stem.removesuffix("-ema") + ".json"))
+        description = read_json(path)
         kind, options = description["kind"], dict(description["model_options"])
     except (ValueError, LookupError, TypeError):
+        logger.warning("%s describes no model: the weights are used without it", path)
         return "", {}
     return kind, {key: value for key, value in options.items() if key not in _OF_COMPUTING}
 

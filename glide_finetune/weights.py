@@ -120,16 +120,6 @@ def kind_of_model(state: Mapping[str, Tensor]) -> str | None:
     return None if first is None or first.ndim != 4 else KINDS_BY_CHANNELS.get(first.shape[1])
 
 
-def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> None:
-    """Copy a weights file or a state dict into `model`, all of it, converting to its dtypes.
-
-    WeightsError, and the model unchanged, if names or shapes differ.
-    """
-    weights, label = _weights_and_label(source)
-    check_fit(model, weights, label)
-    model.load_state_dict(weights)
-
-
 def build_and_load(
     create: Callable[[], nn.Module],
     source: str | Path | Mapping[str, Tensor],
@@ -138,9 +128,12 @@ def build_and_load(
     """The model that `create` makes, on `device`, with the weights of `source`.
 
     No parameter is initialised and every byte of the file is read once: `create` runs on the meta
-    device, so it must make nothing but the model. WeightsError as in `load_weights`.
+    device, so it must make nothing but the model. WeightsError if names or shapes differ.
     """
-    weights, label = _weights_and_label(source)
+    if isinstance(source, Mapping):
+        weights, label = source, "the state dict"
+    else:
+        weights, label = read_weights(source), str(source)
     with torch.device("meta"):
         model = create()
     check_fit(model, weights, label)
@@ -182,14 +175,6 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor], label: str) -> No
     else:
         advice = "make the model with the options (preset, sizes) that the weights were made with"
     raise WeightsError(f"{label} does not fit the model ({details}): {advice}")
-
-
-def _weights_and_label(
-    source: str | Path | Mapping[str, Tensor],
-) -> tuple[Mapping[str, Tensor], str]:
-    if isinstance(source, Mapping):
-        return source, "the state dict"
-    return read_weights(source), str(source)
 
 
 def _plain_name(name: str) -> str:

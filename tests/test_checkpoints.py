@@ -21,6 +21,7 @@ from glide_finetune.checkpoints import (
     read_training_state,
     save_checkpoint,
 )
+from glide_finetune.model_options import described_model
 from glide_finetune.weights import WeightsError, read_weights
 
 # Children of a server that has torch but, unlike this process, no threads that a fork would break.
@@ -87,7 +88,6 @@ def test_the_description_tells_what_the_files_are(tmp_path):
             "training_state": "training-state-1x7.pt",
         }.items()
     }
-    assert newest_checkpoint(tmp_path).description == description
 
 
 def test_the_training_state_comes_back_exactly_and_without_running_code(tmp_path):
@@ -214,27 +214,27 @@ def test_the_files_beside_a_weights_file_are_found(tmp_path):
     assert files.weights == weights
     assert files.ema == tmp_path / "glide-ft-2x5-ema.pt"
     assert files.training_state == tmp_path / "training-state-2x5.pt"
-    assert files.description["kind"] == "base"
 
 
-def test_averaged_weights_have_a_description_but_no_training_state(tmp_path):
+def test_averaged_weights_have_a_step_but_no_training_state(tmp_path):
     save(tmp_path, 5)
     files = files_beside(tmp_path / "glide-ft-0x5-ema.pt")
     assert files.weights.name == "glide-ft-0x5-ema.pt"
     assert files.training_state is None
-    assert files.description["step"] == 5
+    assert files.step == 5
 
 
 def test_a_weights_file_alone_has_nothing_beside_it(tmp_path):
     for name in ("base.pt", "glide-ft-0x5.pt"):
         files = files_beside(tmp_path / name)
-        assert (files.ema, files.training_state, files.description) == (None, None, {})
+        assert (files.ema, files.training_state) == (None, None)
 
 
 def test_a_broken_description_is_warned_about_and_left_out(tmp_path, caplog):
     weights = save(tmp_path, 5)
+    assert described_model(weights)[0] == "base"
     weights.with_suffix(".json").write_text("{")
-    assert files_beside(weights).description == {}
+    assert described_model(weights) == ("", {})
     assert "glide-ft-0x5.json" in caplog.text
 
 
