@@ -46,6 +46,17 @@ def layer_norm(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
     return normed.to(x.dtype)
 
 
+def draw_normal(tensor: Tensor, std: float) -> Tensor:
+    """Fill the tensor with normal random numbers of mean 0, in place; on the meta device, where
+    torch would import its compiler for that and take seconds, nothing happens."""
+    return tensor if tensor.is_meta else nn.init.normal_(tensor, std=std)
+
+
+def normal_parameter(*shape: int, std: float) -> nn.Parameter:
+    """A trainable tensor that starts as `draw_normal` fills it."""
+    return nn.Parameter(draw_normal(torch.empty(shape), std))
+
+
 class Linear(nn.Linear):
     """A linear layer that computes in the dtype of its input."""
 

@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glide_text2im.nn import LayerNorm, Linear, without_autocast
+from glide_text2im.nn import (
+    LayerNorm,
+    Linear,
+    draw_normal,
+    normal_parameter,
+    without_autocast,
+)
 from glide_text2im.unet import UNet
 from glide_text2im.xf import Transformer
 
@@ -18,6 +24,13 @@ if TYPE_CHECKING:
 VOCABULARY_SIZE = 50257  # GPT-2's byte pairs and its end token
 EMBEDDING_STD = 0.01  # of position and padding embeddings before training
 TOKEN_EMBEDDING_STD = 0.02
+
+
+class TokenEmbedding(nn.Embedding):
+    """A vector for every token."""
+
+    def reset_parameters(self) -> None:
+        draw_normal(self.weight, TOKEN_EMBEDDING_STD)
 
 
 class Text2ImUNet(UNet):
@@ -55,15 +68,12 @@ class Text2ImUNet(UNet):
         self.del_cache()
         if not xf_width:
             return
-        self.positional_embedding = nn.Parameter(torch.empty(text_ctx, xf_width))
-        nn.init.normal_(self.positional_embedding, std=EMBEDDING_STD)
+        self.positional_embedding = normal_parameter(text_ctx, xf_width, std=EMBEDDING_STD)
         if xf_padding:
-            self.padding_embedding = nn.Parameter(torch.empty(text_ctx, xf_width))
-            nn.init.normal_(self.padding_embedding, std=EMBEDDING_STD)
+            self.padding_embedding = normal_parameter(text_ctx, xf_width, std=EMBEDDING_STD)
         self.transformer = Transformer(xf_width, xf_layers, xf_heads)
         self.final_ln = LayerNorm(xf_width) if xf_final_ln else nn.Identity()
-        self.token_embedding = nn.Embedding(VOCABULARY_SIZE, xf_width)
-        nn.init.normal_(self.token_embedding.weight, std=TOKEN_EMBEDDING_STD)
+        self.token_embedding = TokenEmbedding(VOCABULARY_SIZE, xf_width)
         self.transformer_proj = Linear(xf_width, 4 * model_channels)
 
     @cached_property

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glide_text2im.clip.layers import Block, LayerNorm, Linear, normal_parameter
+from glide_text2im.clip.layers import Block, LayerNorm, Linear
+from glide_text2im.nn import normal_parameter
 
 # Mean and standard deviation of CLIP's training images per RGB channel, for values 0 to 255.
 _CHANNEL_MEANS = (122.77093945, 116.74601272, 104.09373519)

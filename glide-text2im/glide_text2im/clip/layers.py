@@ -4,12 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glide_text2im.nn import layer_norm, linear
-
-
-def normal_parameter(*shape: int, std: float) -> nn.Parameter:
-    """A trainable tensor drawn from a normal distribution of mean 0."""
-    return nn.Parameter(torch.randn(shape) * std)
+from glide_text2im.nn import layer_norm, linear, normal_parameter
 
 
 class Linear(nn.Module):
