@@ -1,5 +1,9 @@
 """What the models promise beyond the golden numbers: memory, precision, sizes and construction."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -95,6 +99,32 @@ def test_activation_checkpointing_keeps_less_than_half_of_the_activations():
     recomputed = bytes_saved_for_backward(model, batch)
     print(f"saved for backward: {plain / 2**20:.1f} MiB, recomputing {recomputed / 2**20:.1f} MiB")
     assert recomputed < 0.5 * plain
+
+
+def peak_memory_of_a_step(checkpointing: bool) -> int:
+    """Bytes that a process of its own needs for a forward and backward pass beside the model."""
+    code = f"""
+import resource, sys
+from test_model import gradients, inputs, small_model
+
+model = small_model(num_res_blocks=2, use_checkpoint={checkpointing}).train()
+gradients(model, inputs(16, 16))  # what a first step allocates for good
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+gradients(model, inputs(64, 64, batch=16))
+unit = 1 if sys.platform == "darwin" else 1024
+print(unit * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+    folder = Path(__file__).parent
+    command = [sys.executable, "-c", code]
+    return int(subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, check=True).stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no getrusage")
+def test_activation_checkpointing_lowers_the_peak_memory_of_a_process():
+    plain, recomputed = (peak_memory_of_a_step(enabled) for enabled in (False, True))
+    print(f"peak of a step: {plain / 2**20:.0f} MiB, recomputing {recomputed / 2**20:.0f} MiB")
+    assert recomputed < 0.6 * plain
 
 
 def test_activation_checkpointing_is_a_keyword_and_a_switch_and_for_training_only():
