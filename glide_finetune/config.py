@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from glide_finetune.data.shards import is_remote
 from glide_finetune.model_options import MODEL_PRESETS, training_options
-from glide_finetune.shards import is_remote
 
 DATASET_NAMES = ("laion", "alamy", "generic")
 PRECISIONS = ("fp32", "bf16", "fp16")

@@ -10,8 +10,9 @@ from typing import NamedTuple
 from PIL import Image
 
 from glide_finetune.config import FIELDS, ConfigError, TrainConfig, read_prompts
+from glide_finetune.data.folder_index import check_folder
+from glide_finetune.data.shards import SHARD_SUFFIXES, expand_shards
 from glide_finetune.demo import DEMO_SETTINGS
-from glide_finetune.folder_index import check_folder
 from glide_finetune.model_options import (
     check_option,
     check_options,
@@ -19,7 +20,6 @@ from glide_finetune.model_options import (
     released_options,
 )
 from glide_finetune.runs import Start, interpret_resume
-from glide_finetune.shards import SHARD_SUFFIXES, expand_shards
 from glide_text2im.defaults import downsampling_factor
 
 

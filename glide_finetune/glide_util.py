@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from glide_finetune import images, weights
-from glide_finetune.captions import caption_tensors
+from glide_finetune import weights
+from glide_finetune.data import images
+from glide_finetune.data.captions import caption_tensors
 from glide_finetune.model_options import described_model, released_options
 from glide_finetune.optimization import freeze
 from glide_text2im.download import load_checkpoint

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import Dataset
 
-from glide_finetune.bad_samples import BadSample
-from glide_finetune.captions import Tokenizer, read_captions
-from glide_finetune.folder_index import index_folder
-from glide_finetune.sample_recipe import SampleRecipe
+from glide_finetune.data.bad_samples import BadSample
+from glide_finetune.data.captions import Tokenizer, read_captions
+from glide_finetune.data.folder_index import index_folder
+from glide_finetune.data.sample_recipe import SampleRecipe
+from glide_finetune.data.shared_integer import SharedInteger
 from glide_finetune.seeds import derived_random
-from glide_finetune.shared_integer import SharedInteger
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from glide_finetune import images
 from glide_finetune.config import TrainConfig, read_prompts
+from glide_finetune.data import images
 from glide_finetune.glide_util import random_state_kept, sample, seed_draws
 from glide_finetune.seeds import derived_seed
 

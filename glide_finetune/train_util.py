@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from glide_finetune import images, weights
+from glide_finetune import weights
+from glide_finetune.data import images
 from glide_finetune.metrics import wandb_setup
 
 __all__ = ["pil_image_to_norm_tensor", "pred_to_pil", "save_model", "wandb_setup"]

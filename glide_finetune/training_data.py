@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from glide_finetune.config import TrainConfig
-from glide_finetune.dataloading import (
+from glide_finetune.data.dataloading import (
     FolderBatches,
     ShardBatches,
     hold_back,

@@ -13,19 +13,19 @@ from webdataset.filters import shuffle as shuffle_buffered
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from glide_finetune.bad_samples import BadSample
-from glide_finetune.captions import Tokenizer, decode_caption
 from glide_finetune.config import DATASET_NAMES
-from glide_finetune.sample_recipe import SampleRecipe
-from glide_finetune.seeds import derived_random
-from glide_finetune.shards import Urls, expand_shards, is_remote
-from glide_finetune.shared_integer import SharedInteger
-from glide_finetune.wds_filter import (
+from glide_finetune.data.bad_samples import BadSample
+from glide_finetune.data.captions import Tokenizer, decode_caption
+from glide_finetune.data.sample_recipe import SampleRecipe
+from glide_finetune.data.shards import Urls, expand_shards, is_remote
+from glide_finetune.data.shared_integer import SharedInteger
+from glide_finetune.data.wds_filter import (
     LaionFilter,
     parse_metadata,
     reject_other_languages,
     word_pattern,
 )
+from glide_finetune.seeds import derived_random
 
 logger = logging.getLogger(__name__)
 

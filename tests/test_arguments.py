@@ -205,7 +205,7 @@ class TestFlags:
     def test_every_setting_is_used_somewhere(self):
         sources = {
             path: path.read_text(encoding="utf-8")
-            for path in [ROOT / "train_glide.py", *(ROOT / "glide_finetune").glob("*.py")]
+            for path in [ROOT / "train_glide.py", *(ROOT / "glide_finetune").rglob("*.py")]
             if path.name != "config_checks.py"  # to check is not to use
         }
         config_py = ROOT / "glide_finetune" / "config.py"

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from glide_finetune import demo, images
+from glide_finetune import demo
 from glide_finetune.arguments import parse_config
 from glide_finetune.checkpoints import newest_checkpoint
+from glide_finetune.data import images
 from glide_finetune.glide_util import load_model, sample
 from shape_judge import judge
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from glide_finetune.bad_samples import BadSample
-from glide_finetune.images import crop_box, read_crop, read_image, shrink, to_pil, to_tensor
+from glide_finetune.data.bad_samples import BadSample
+from glide_finetune.data.images import crop_box, read_crop, read_image, shrink, to_pil, to_tensor
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from glide_finetune.dataloading import make_dataloader, split_validation
-from glide_finetune.folder_index import check_folder
-from glide_finetune.images import to_tensor
+from glide_finetune.data.dataloading import make_dataloader, split_validation
+from glide_finetune.data.folder_index import check_folder
+from glide_finetune.data.images import to_tensor
 from glide_finetune.loader import TextImageDataset
 from stub_tokenizer import StubTokenizer, caption_of
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from glide_finetune.dataloading import make_dataloader
-from glide_finetune.shards import expand_shards
+from glide_finetune.data.dataloading import make_dataloader
+from glide_finetune.data.shards import expand_shards
 from glide_finetune.wds_loader import glide_wds_loader
 from stub_tokenizer import StubTokenizer, caption_of
 

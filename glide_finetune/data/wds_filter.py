@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from glide_finetune.bad_samples import BadSample
+from glide_finetune.data.bad_samples import BadSample
 
 # Spellings of English in Alamy's language code.
 ENGLISH = ("en", "eng", "english")

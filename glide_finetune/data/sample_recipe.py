@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import ImageOps
 
-from glide_finetune.captions import Tokenizer, caption_tensors, default_tokenizer
-from glide_finetune.images import ImageSource, read_crop, shrink, to_tensor
+from glide_finetune.data.captions import Tokenizer, caption_tensors, default_tokenizer
+from glide_finetune.data.images import ImageSource, read_crop, shrink, to_tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from glide_finetune.bad_samples import BadSample
+from glide_finetune.data.bad_samples import BadSample
 
 MAX_PIXELS = 2**27  # 134 million: above it a file is taken for a decompression bomb
 

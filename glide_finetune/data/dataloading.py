@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from glide_finetune.bad_samples import BadSample
+from glide_finetune.data.bad_samples import BadSample
+from glide_finetune.data.shared_integer import SharedInteger
 from glide_finetune.loader import TextImageDataset
 from glide_finetune.seeds import derived_seed
-from glide_finetune.shared_integer import SharedInteger
 from glide_finetune.wds_loader import ShardStream, describe_counts, nothing_left
 
 logger = logging.getLogger(__name__)

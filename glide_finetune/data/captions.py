@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from glide_finetune.bad_samples import BadSample
+from glide_finetune.data.bad_samples import BadSample
 
 
 class Tokenizer(Protocol):

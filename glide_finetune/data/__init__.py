@@ -1,0 +1,1 @@
+"""From files and shards to batches: finding, decoding, cropping, captions and their order."""
