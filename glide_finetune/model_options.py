@@ -11,6 +11,7 @@ from typing import Any
 
 from glide_finetune.atomic_files import read_json
 from glide_text2im.defaults import (
+    NORM_GROUPS,
     channel_multipliers,
     model_and_diffusion_defaults,
     model_and_diffusion_defaults_upsampler,
@@ -20,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 MODEL_TYPES = ("base", "upsample", "base-inpaint", "upsample-inpaint")
 NOISE_SCHEDULES = ("squaredcos_cap_v2", "linear")
-NORM_GROUPS = 32  # of the UNet's group normalisation, which divide all its channels
 
 # How to compute, as opposed to what the network is.
 _OF_COMPUTING = ("use_fp16", "cache_text_emb")

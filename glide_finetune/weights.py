@@ -140,8 +140,12 @@ def build_and_load(
     names = model.state_dict().keys()
     lost = [name for name, _ in model.named_buffers() if name not in names]
     assert not lost, f"buffers that no weights file fills: {lost}"
-    model.to_empty(device=device)
-    model.load_state_dict(weights)
+    # copies, so that the model does not depend on the file the weights are mapped from
+    loaded = {
+        name: weights[name].to(device=device, dtype=tensor.dtype, copy=True)
+        for name, tensor in model.state_dict().items()
+    }
+    model.load_state_dict(loaded, assign=True)
     return model
 
 

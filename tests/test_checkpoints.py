@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 import time
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -275,8 +276,8 @@ def _save_and_prune(run_dir, deadly_call):
 
         return counted
 
-    for name in ("fsync", "replace", "unlink"):
-        setattr(os, name, deadly(getattr(os, name)))
+    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "unlink")):
+        setattr(owner, name, deadly(getattr(owner, name)))
     save(run_dir, 2)
     prune(run_dir, 1)
 
