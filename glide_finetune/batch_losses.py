@@ -60,31 +60,35 @@ class LossMeter:
 
     def __init__(self, num_timesteps: int) -> None:
         self.num_timesteps = num_timesteps
-        self._count = 0
-        self._terms: Tensor | int = 0
-        self._quartiles: Tensor | int = 0
+        self._names: list[str] = []
+        self._sums: Tensor | int = 0  # (terms, quarters of the timesteps)
+        self._counts: Tensor | int = 0  # (quarters,)
 
     def add(self, losses: TrainingLosses, timesteps: Tensor) -> None:
         """Take in the losses of a batch at its `timesteps`, int64 (B,) on their device."""
-        terms = [losses.loss, losses.mse] + ([] if losses.vb is None else [losses.vb])
-        self._count += len(timesteps)
-        self._terms = self._terms + torch.stack(terms).detach().sum(dim=1)
-        self._quartiles = self._quartiles + torch.stack(
-            quartile_sums(losses.mse, timesteps, self.num_timesteps)
-        )
+        terms = {"loss": losses.loss, "mse": losses.mse}
+        if losses.vb is not None:
+            terms["vb"] = losses.vb
+        quarters = [quartile_sums(term, timesteps, self.num_timesteps) for term in terms.values()]
+        sums, counts = zip(*quarters, strict=True)
+        self._names = list(terms)
+        self._sums = self._sums + torch.stack(sums)
+        self._counts = self._counts + counts[0]
 
     def means(self, **further: Tensor) -> dict[str, float]:
-        """Means over all samples: loss, mse, vb in bits per dimension where it is trained, and
-        mse_q0 … mse_q3, the error in those quarters of the timesteps that occurred (q0 the least
-        noisy). The `further` scalars come as they are, read from the device in the same wait.
+        """Means of the terms: loss, mse, and vb in bits per dimension where it is trained.
+
+        Each over all samples, under its name, and in those quarters of the timesteps that occurred,
+        as in mse_q0 … mse_q3 (q0 the least noisy). The `further` scalars come as they are, read
+        from the device in the same wait.
         """
         scalars = [value.reshape(1) for value in further.values()]
-        figures = torch.cat([self._quartiles.flatten(), *scalars, self._terms]).tolist()
-        totals, counts, figures = figures[:4], figures[4:8], figures[8:]
-        rest, terms = figures[: len(further)], figures[len(further) :]
-        names = ("loss", "mse", "vb")[: len(terms)]
-        means = {name: total / self._count for name, total in zip(names, terms, strict=True)}
-        for quarter, (total, count) in enumerate(zip(totals, counts, strict=True)):
-            if count:
-                means[f"mse_q{quarter}"] = total / count
-        return means | dict(zip(further, rest, strict=True))
+        figures = torch.cat([*scalars, self._counts, self._sums.flatten()]).tolist()
+        given, figures = figures[: len(further)], figures[len(further) :]
+        counts, *rows = (figures[i : i + 4] for i in range(0, len(figures), 4))
+        means = {name: sum(row) / sum(counts) for name, row in zip(self._names, rows, strict=True)}
+        for name, row in zip(self._names, rows, strict=True):
+            for quarter, (total, count) in enumerate(zip(row, counts, strict=True)):
+                if count:
+                    means[f"{name}_q{quarter}"] = total / count
+        return means | dict(zip(further, given, strict=True))

@@ -49,6 +49,7 @@ def test_a_run_of_unknown_length_has_no_time_left(clock, caplog):
 
 
 def test_where_lines_are_not_shown_there_is_a_bar(caplog, capsys):
+    caplog.set_level(logging.WARNING, "glide_finetune")
     show_steps(0, 3, 3)
     assert caplog.messages == []
     assert "3/3" in capsys.readouterr().err

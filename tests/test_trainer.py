@@ -117,6 +117,8 @@ def test_metrics_of_a_step_are_means_over_its_samples(tmp_path, monkeypatch):
     assert metrics["mse_q1"] == pytest.approx(losses.mse[1].item(), rel=1e-5)
     assert metrics["mse_q2"] == pytest.approx(losses.mse[3].item(), rel=1e-5)
     assert metrics["mse_q3"] == pytest.approx(losses.mse[2].item(), rel=1e-5)
+    assert metrics["loss_q3"] == pytest.approx(losses.loss[2].item(), rel=1e-5)
+    assert metrics["vb_q0"] == pytest.approx(losses.vb[0].item(), rel=1e-5)
     assert "vb" not in tiny_trainer(tmp_path, vlb_weight=0.0).train_step([batch])
 
 

@@ -10,7 +10,7 @@ from glide_finetune.config import TrainConfig
 from glide_finetune.validation import Validator
 from tiny_training import assert_same_weights, tiny_batch, tiny_trainer, weights_of
 
-QUARTERS = {f"mse_q{quarter}" for quarter in range(4)}
+QUARTERS = {f"{term}_q{n}" for term in ("loss", "mse", "vb") for n in range(4)}
 
 
 def items(count, keys=False):
@@ -62,8 +62,9 @@ def test_raw_and_averaged_weights_give_every_quartile(tmp_path):
     names = {"loss", "mse", "vb"} | QUARTERS
     assert metrics.keys() == {f"{kind}/{name}" for kind in ("val", "val_ema") for name in names}
     assert metrics["val/mse"] != metrics["val_ema/mse"]
-    mean = sum(metrics[f"val/{name}"] for name in QUARTERS) / 4
-    assert metrics["val/mse"] == pytest.approx(mean, rel=1e-5)
+    for term in ("loss", "mse", "vb"):
+        mean = sum(metrics[f"val/{term}_q{quarter}"] for quarter in range(4)) / 4
+        assert metrics[f"val/{term}"] == pytest.approx(mean, rel=1e-5)
 
 
 def test_without_an_average_there_are_only_the_losses_of_the_weights(tmp_path):

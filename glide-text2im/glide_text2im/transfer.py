@@ -106,7 +106,7 @@ def transfer(url: str, target: Path, *, progress: bool, chunk_size: int) -> None
                 if failures > len(_RETRY_DELAYS):
                     raise TransferError(str(error)) from error
                 delay = _RETRY_DELAYS[failures - 1]
-                logger.warning("%s: %s; trying again in %g s", url, error, delay)
+                logger.warning("%s: %s; trying again in %g s", target.name, error, delay)
                 time.sleep(delay)
         part.finish()
     except OSError as error:
@@ -190,9 +190,10 @@ def _content_range(response: requests.Response) -> tuple[int | None, int | None]
 
 
 def _innermost_message(error: Exception) -> str:
-    """What went wrong, without the exceptions that requests and urllib3 wrap around it."""
+    """What went wrong, without what requests and urllib3 wrap around it and write before it."""
     first = error.args[0] if error.args else None
     for inner in (getattr(error, "reason", None), first):
         if isinstance(inner, Exception):
             return _innermost_message(inner)
-    return first if isinstance(first, str) else str(error)
+    message = first if isinstance(first, str) else str(error)
+    return re.sub(r"^\w+\(host=.*?\): ", "", message)
