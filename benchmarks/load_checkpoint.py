@@ -27,12 +27,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Compare the time to load a checkpoint with that to read its bytes."
     )
-    parser.add_argument("folder", type=Path, help="an existing folder for the temporary file")
+    parser.add_argument("folder", type=Path, help="where to put the temporary file")
     parser.add_argument(
         "--preset", choices=MODEL_PRESETS, default="glide", help="size of the model"
     )
     args = parser.parse_args()
     options = MODEL_PRESETS[args.preset]["base"]
+    args.folder.mkdir(parents=True, exist_ok=True)
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder, "base.pt")
