@@ -1,5 +1,144 @@
-"""The error for one sample that cannot be used."""
+"""What is left out of training: samples that cannot be read, and samples that are not wanted."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
+
+# Data is given up if more than half of so many first samples cannot be read.
+TRIAL_SAMPLES = 1000
 
 
 class BadSample(ValueError):
-    """A sample that is skipped, not a reason to stop; its text is the reason in one line."""
+    """A sample that is skipped, not a reason to stop; its text is the reason in one line.
+
+    kind: what of it is at fault, in one word to count by: image, caption, metadata or name.
+    """
+
+    def __init__(self, reason: str, kind: str = "image") -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+class Skipped(NamedTuple):
+    """A sample that could not be read, or, of kind "shard", a damaged shard."""
+
+    name: str  # where it is: a path, SHARD/KEY, or a shard
+    kind: str  # as in `BadSample`
+    reason: str
+
+
+@dataclass
+class Tally:
+    """What came up on the way to some samples; travels from data workers to the main process.
+
+    samples: that were to be read, those included that could not be.
+    skipped: those that could not be read, and damaged shards.
+    filtered: how many were not wanted, by the reason in a few words.
+    captions_cut: how many captions had more tokens than the model takes.
+    """
+
+    samples: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+    filtered: Counter[str] = field(default_factory=Counter)
+    captions_cut: int = 0
+
+    def skip(self, name: str, error: BadSample) -> None:
+        """Note a sample that could not be read."""
+        self.skipped.append(Skipped(name, error.kind, str(error)))
+
+    def take(self) -> "Tally":
+        """What was noted until now; this one begins anew."""
+        taken = Tally(**vars(self))
+        vars(self).update(vars(Tally()))
+        return taken
+
+    def metrics(self) -> Counter[str]:
+        """Its figures by name: skipped_KIND, filtered_REASON, captions_cut; without zeros."""
+        metrics = Counter(f"skipped_{skipped.kind}" for skipped in self.skipped)
+        for reason, count in self.filtered.items():
+            metrics[f"filtered_{reason.replace(' ', '_')}"] += count
+        metrics["captions_cut"] += self.captions_cut
+        return +metrics
+
+
+class DataAccount:
+    """Names every bad sample once in the log, sums up an epoch, and sees when it is too much.
+
+    There is one wherever a data set is gone through, in the process that the user watches.
+
+    epoch_samples: how many samples an epoch has, None if that is not known.
+    """
+
+    def __init__(self, epoch_samples: int | None = None) -> None:
+        self._trial = min(TRIAL_SAMPLES, epoch_samples or TRIAL_SAMPLES)  # 0 when it is over
+        self._samples = self._unreadable = 0  # in the trial
+        self._named: set[str] = set()
+        self._example: Skipped | None = None
+        self._left_out: Counter[str] = Counter()  # of this epoch
+        self._captions_cut = 0
+
+    def add(self, tally: Tally) -> None:
+        """Take in what a worker noted.
+
+        Raises ValueError when more than half of the first samples could not be read.
+        """
+        for skipped in tally.skipped:
+            self._left_out[KINDS.get(skipped.kind, skipped.kind)] += 1
+            if skipped.name not in self._named:
+                self._named.add(skipped.name)
+                logger.warning("skipped %s: %s", skipped.name, skipped.reason)
+        self._left_out += tally.filtered
+        self._captions_cut += tally.captions_cut
+        if self._samples < self._trial:
+            unreadable = [skipped for skipped in tally.skipped if skipped.kind != "shard"]
+            self._example = self._example or next(iter(unreadable), None)
+            self._samples += tally.samples
+            self._unreadable += len(unreadable)
+            self._give_up_beyond(self._trial)
+
+    def end_epoch(self) -> None:
+        """Log what the epoch left out.
+
+        Raises ValueError when more than half of a first epoch that is short could not be read.
+        """
+        if self._samples < self._trial:
+            self._give_up_beyond(self._samples)
+        self._trial = 0
+        if self._left_out:
+            logger.warning("this epoch left out %s", self.describe())
+        if self._captions_cut:
+            logger.info("captions cut to the length the model takes: %d", self._captions_cut)
+        self._left_out.clear()
+        self._captions_cut = 0
+
+    def describe(self) -> str:
+        """What this epoch has left out so far, as in "30 too small, 2 unreadable images"."""
+        return describe_counts(self._left_out)
+
+    def _give_up_beyond(self, samples: int) -> None:
+        if 2 * self._unreadable > samples:
+            raise ValueError(
+                f"{self._unreadable} of the first {self._samples} samples cannot be read "
+                f"({self.describe()}), such as {self._example.name}: {self._example.reason}; "
+                "mend or remove them (--dry_run lists what is wrong)"
+            )
+
+
+# In summaries.
+KINDS = {
+    "image": "unreadable images",
+    "caption": "unreadable captions",
+    "metadata": "unreadable metadata",
+    "name": "unusable names",
+    "shard": "damaged shards",
+}
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """The counts by reason, the largest first, as in "30 too small, 2 unreadable images"."""
+    reasons = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    return ", ".join(f"{count} {reason}" for reason, count in reasons)
