@@ -91,7 +91,8 @@ def get_tokens_and_mask(
     Returns:
         tokens, int64 (context_len,), and mask, bool (context_len,), True where a token counts.
     """
-    return caption_tensors(tokenizer, prompt, context_len)
+    tokens, mask, _ = caption_tensors(tokenizer, prompt, context_len)
+    return tokens, mask
 
 
 def get_uncond_tokens_mask(tokenizer, context_len: int = 128) -> tuple[torch.Tensor, torch.Tensor]:

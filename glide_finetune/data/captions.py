@@ -1,13 +1,15 @@
 """Caption files, and captions as tokens."""
 
 import os
+import stat
 from functools import cache
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from glide_finetune.data.bad_samples import BadSample
+
+MAX_CAPTION_BYTES = 64 * 1024
 
 
 class Tokenizer(Protocol):
@@ -29,38 +31,52 @@ def default_tokenizer() -> Tokenizer:
 
 
 def decode_caption(data: bytes) -> str:
-    """UTF-8 text (a byte order mark is dropped). Raises BadSample for other bytes."""
+    """UTF-8 text (a byte order mark is dropped) of up to `MAX_CAPTION_BYTES`.
+
+    Raises BadSample for other bytes.
+    """
+    if len(data) > MAX_CAPTION_BYTES:
+        raise BadSample(f"the caption is longer than {MAX_CAPTION_BYTES} bytes", "caption")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadSample("the caption is not UTF-8 text") from error
+        raise BadSample("the caption is not UTF-8 text", "caption") from error
     if "\0" in text:
-        raise BadSample("the caption holds NUL bytes; is it UTF-16?")
+        raise BadSample("the caption holds NUL bytes; is it UTF-16?", "caption")
     return text
 
 
 def read_captions(path: str | os.PathLike) -> list[str]:
     """The captions of a text file, one for each line that is not blank; at least one.
 
-    Raises BadSample if there is none or the file cannot be read as UTF-8.
+    Raises BadSample if there is none, and for what is no regular file of UTF-8 text of up to
+    `MAX_CAPTION_BYTES`.
     """
     try:
-        text = decode_caption(Path(path).read_bytes())
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for a writer
+            raise BadSample("the caption file is not a regular file", "caption")
+        with open(path, "rb") as file:
+            text = decode_caption(file.read(MAX_CAPTION_BYTES + 1))
     except OSError as error:
-        raise BadSample(f"the caption file cannot be read: {error.strerror}") from error
+        raise BadSample(f"the caption file cannot be read: {error.strerror}", "caption") from error
     captions = [line.strip() for line in text.splitlines() if line.strip()]
     if not captions:
-        raise BadSample("the caption file is blank")
+        raise BadSample("the caption file is blank", "caption")
     return captions
 
 
 def caption_tensors(
     tokenizer: Tokenizer, caption: str, text_ctx: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens int64 (text_ctx,) and mask bool (text_ctx,), True on the caption's own tokens.
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """(tokens, mask, is_cut): int64 (text_ctx,), bool (text_ctx,), True on the caption's own
+    tokens, and whether the caption was longer and had to be cut at `text_ctx` tokens.
 
-    A longer caption is cut at `text_ctx` tokens; "" is the empty caption of classifier-free
-    guidance, all end tokens with the mask all False.
+    "" is the empty caption of classifier-free guidance, all end tokens with the mask all False.
     """
-    tokens, mask = tokenizer.padded_tokens_and_mask(tokenizer.encode(caption)[:text_ctx], text_ctx)
-    return torch.tensor(tokens, dtype=torch.int64), torch.tensor(mask, dtype=torch.bool)
+    encoded = tokenizer.encode(caption)
+    tokens, mask = tokenizer.padded_tokens_and_mask(encoded[:text_ctx], text_ctx)
+    return (
+        torch.tensor(tokens, dtype=torch.int64),
+        torch.tensor(mask, dtype=torch.bool),
+        len(encoded) > text_ctx,
+    )

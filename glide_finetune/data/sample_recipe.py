@@ -64,9 +64,10 @@ class SampleRecipe:
         caption = captions[int(which * len(captions)) if self.augment else 0] if captions else ""
         if self.augment and dropout < self.uncond_p:
             caption = ""
-        text = caption_tensors(self.tokenizer or default_tokenizer(), caption, self.text_ctx_len)
+        tokenizer = self.tokenizer or default_tokenizer()
+        tokens, mask, _ = caption_tensors(tokenizer, caption, self.text_ctx_len)
         if image is None:
-            return text
+            return tokens, mask
 
         factor = self.upscale_factor or 1
         size = (self.side_x * factor, self.side_y * factor)
@@ -74,5 +75,5 @@ class SampleRecipe:
         if self.augment and self.random_hflip and flip < 0.5:
             crop = ImageOps.mirror(crop)
         if self.upscale_factor is None:
-            return (*text, to_tensor(crop))
-        return (*text, to_tensor(shrink(crop, factor)), to_tensor(crop))
+            return (tokens, mask, to_tensor(crop))
+        return (tokens, mask, to_tensor(shrink(crop, factor)), to_tensor(crop))
