@@ -41,11 +41,10 @@ def make_training_data(
     Raises:
         ValueError: nothing usable is there.
     """
-    make = _shards if config.use_webdataset else _folder
-    training = make(config.data_dir, config, options, return_keys=True)
+    training = make_dataset(config.data_dir, config, options, return_keys=True)
     validation, low_res = None, None
     if config.val_data_dir:
-        validation = make(config.val_data_dir, config, options).for_evaluation()
+        validation = make_dataset(config.val_data_dir, config, options).for_evaluation()
     elif config.val_fraction:
         training, validation = split_validation(training, config.val_fraction, config.seed)
     if config.train_upsample and not config.image_to_upsample:
@@ -63,9 +62,19 @@ def make_training_data(
     return TrainingData(loader, validation, low_res, _describe(config, training, validation))
 
 
-def _folder(
-    folder: str, config: TrainConfig, options: dict, return_keys: bool = False
-) -> TextImageDataset:
+def make_dataset(
+    place: str, config: TrainConfig, options: dict, *, return_keys: bool = False
+) -> TextImageDataset | ShardStream:
+    """All samples of the folder or the shards at `place`, as `config` asks for them.
+
+    Raises:
+        ValueError: nothing is there.
+    """
+    make = _shards if config.use_webdataset else _folder
+    return make(place, config, options, return_keys)
+
+
+def _folder(folder: str, config: TrainConfig, options: dict, return_keys: bool) -> TextImageDataset:
     return TextImageDataset(
         folder,
         side_x=config.side_x,
@@ -82,9 +91,7 @@ def _folder(
     )
 
 
-def _shards(
-    urls: str, config: TrainConfig, options: dict, return_keys: bool = False
-) -> ShardStream:
+def _shards(urls: str, config: TrainConfig, options: dict, return_keys: bool) -> ShardStream:
     return glide_wds_loader(
         urls,
         enable_text=config.use_captions,

@@ -69,6 +69,15 @@ def read_crop(
         raise BadSample(_reason(error)) from error
 
 
+def upright_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of an encoded image as it is to be seen, from its header alone.
+
+    For one that `read_crop` reads.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        return _upright_size(image)
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image that Pillow can read"
@@ -86,13 +95,16 @@ def _crop_opened(
         raise BadSample(f"too many pixels ({image.width}x{image.height})")
     # The window is chosen in the upright image at full size, before a pixel is decoded, so that
     # JPEGs can be decoded at the smallest scale that suffices.
-    orientation = image.getexif().get(0x0112, 1)
-    upright = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
-    box = crop_box(upright, size, resize_ratio, rng)
+    box = crop_box(_upright_size(image), size, resize_ratio, rng)
     scale = _draft(image, (box[2] - box[0]) / size[0])
     image = to_rgb(ImageOps.exif_transpose(image))
     box = tuple(edge * scale for edge in box)
     return image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=REDUCING_GAP)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    orientation = image.getexif().get(0x0112, 1)
+    return image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
 
 
 def _draft(image: Image.Image, shrink: float) -> float:
