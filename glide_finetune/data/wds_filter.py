@@ -1,6 +1,7 @@
 """Which samples of WebDataset shards are trained on, by their caption and metadata."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,25 +17,44 @@ def parse_metadata(data: bytes) -> dict:
     try:
         metadata = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise BadSample("the metadata is not JSON") from error
+        raise BadSample("the metadata is not JSON", "metadata") from error
     if not isinstance(metadata, dict):
-        raise BadSample("the metadata is no JSON object")
+        raise BadSample("the metadata is no JSON object", "metadata")
     return metadata
 
 
-def _number(metadata: Mapping, name: str) -> float | None:
-    """A field that may be missing, null or text."""
-    try:
-        return float(metadata[name])
-    except (KeyError, TypeError, ValueError):
-        return None
+# What one thing is called in the metadata of LAION-400M, LAION-2B and img2dataset, which also takes
+# over the columns of their tables by name. The first that holds a number counts: what img2dataset
+# calls width and height is the size after its own resizing.
+NSFW_RATING = ("NSFW", "nsfw")
+UNSAFE_CHANCE = ("punsafe", "PUNSAFE")
+SIMILARITY = ("similarity", "SIMILARITY")
+WIDTH = ("original_width", "ORIGINAL_WIDTH", "WIDTH", "width")
+HEIGHT = ("original_height", "ORIGINAL_HEIGHT", "HEIGHT", "height")
+
+UNSAFE_RATINGS = ("NSFW", "LIKELY")
+# From where on LAION's classifier takes an image for unsafe rather than safe. So it means what the
+# ratings mean, of which UNSURE passes as well; lower limits lose many harmless portraits.
+PUNSAFE_LIMIT = 0.5
+
+
+def _number(metadata: Mapping, names: Sequence[str]) -> float | None:
+    """The first of these fields that holds a finite number, perhaps as text."""
+    for name in names:
+        try:
+            value = float(metadata[name])
+        except (KeyError, TypeError, ValueError, OverflowError):
+            continue
+        if math.isfinite(value):
+            return value
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaionFilter:
     """Limits on LAION's metadata, bounds included.
 
-    A field that is missing or null rejects nothing, but for the similarity: a limit on it cannot
+    What is missing, null or no number rejects nothing, but for the similarity: a limit on it cannot
     hold where it is unknown.
     """
 
@@ -56,16 +76,16 @@ class LaionFilter:
 
     def reason_to_reject(self, metadata: Mapping) -> str | None:
         """Why a sample is not wanted, in a few words to count by, or None."""
-        if self.nsfw_filter and str(metadata.get("NSFW")).upper() in ("NSFW", "LIKELY"):
+        if self.nsfw_filter and _is_unsafe(metadata):
             return "not safe for work"
-        width, height = _number(metadata, "original_width"), _number(metadata, "original_height")
+        width, height = _number(metadata, WIDTH), _number(metadata, HEIGHT)
         if width is not None and width < self.min_original_width:
             return "too small"
         if height is not None and height < self.min_original_height:
             return "too small"
         if width and height and not self.ar_lower <= width / height <= self.ar_upper:
             return "aspect ratio"
-        return self._reject_similarity(_number(metadata, "similarity"))
+        return self._reject_similarity(_number(metadata, SIMILARITY))
 
     def _reject_similarity(self, similarity: float | None) -> str | None:
         lower, upper = self.similarity_threshold_lower, self.similarity_threshold_upper
@@ -73,10 +93,17 @@ class LaionFilter:
             return None
         if similarity is None:
             return "no similarity"
-        # Written so that a similarity of NaN is within no limit.
-        if (lower is None or similarity >= lower) and (upper is None or similarity <= upper):
-            return None
-        return "similarity"
+        if (lower is not None and similarity < lower) or (upper is not None and similarity > upper):
+            return "similarity"
+        return None
+
+
+def _is_unsafe(metadata: Mapping) -> bool:
+    ratings = {str(metadata.get(name)).strip().upper() for name in NSFW_RATING}
+    chance = _number(metadata, UNSAFE_CHANCE)
+    return not ratings.isdisjoint(UNSAFE_RATINGS) or (
+        chance is not None and chance >= PUNSAFE_LIMIT
+    )
 
 
 def reject_other_languages(metadata: Mapping) -> str | None:
@@ -87,7 +114,7 @@ def reject_other_languages(metadata: Mapping) -> str | None:
 
 def word_pattern(words: Sequence[str]) -> re.Pattern | None:
     """Matches any of the words or phrases as whole words, in any case; None without words."""
-    words = [re.escape(word.strip()) for word in words if word.strip()]
+    words = [re.escape(" ".join(word.split())) for word in words if word.strip()]
     if not words:
         return None
     return re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", re.IGNORECASE)
