@@ -144,8 +144,15 @@ def test_of_an_animation_the_first_frame_is_taken():
     assert colours(data) == [(255, 0, 0), (255, 0, 0)]
 
 
-@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 5000), (5000, 1), (3, 2)])
-def test_tiny_and_narrow_images_are_enlarged(width, height):
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 5000), (5000, 1), (7, 300), (9, 9)])
+def test_slivers_are_bad_samples(width, height):
+    data = saved(Image.new("RGB", (width, height)), "PNG")
+    with pytest.raises(BadSample, match=f"too small or narrow .{width}x{height}"):
+        read_crop(data, (32, 48))
+
+
+@pytest.mark.parametrize(("width", "height"), [(8, 12), (20, 15), (8, 900)])
+def test_small_images_are_enlarged(width, height):
     data = saved(Image.new("RGB", (width, height), (10, 200, 30)), "PNG")
     for seed in range(5):
         crop = read_crop(data, (32, 48), 0.5, random.Random(seed))
@@ -183,7 +190,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded():
 
 def test_a_missing_file_and_a_folder_are_bad_samples(tmp_path):
     (tmp_path / "x.png").mkdir()
-    for path, reason in ((tmp_path / "x.png", "directory"), (tmp_path / "none.png", "No such")):
+    for path, reason in ((tmp_path / "x.png", "regular"), (tmp_path / "none.png", "No such")):
         with pytest.raises(BadSample, match=reason):
             read_crop(path, (8, 8))
 
