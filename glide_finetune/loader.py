@@ -1,21 +1,18 @@
 """Images and captions from a local folder."""
 
 import copy
-import logging
 import os
+import random
 from collections.abc import Sequence
 
-import torch
 from torch.utils.data import Dataset
 
-from glide_finetune.data.bad_samples import BadSample
+from glide_finetune.data.bad_samples import BadSample, DataAccount, Tally
 from glide_finetune.data.captions import Tokenizer, read_captions
 from glide_finetune.data.folder_index import index_folder
 from glide_finetune.data.sample_recipe import SampleRecipe
 from glide_finetune.data.shared_integer import SharedInteger
 from glide_finetune.seeds import derived_random
-
-logger = logging.getLogger(__name__)
 
 MAX_STAND_INS = 1000  # tried in place of one bad sample before giving up
 
@@ -78,53 +75,56 @@ class TextImageDataset(Dataset):
         self.seed = seed
         self.return_keys = return_keys
         self._epoch = SharedInteger()
-        self._bad = _flags(len(self.keys))  # those that are named, by any worker
+        self._account = DataAccount()  # of what is taken by index
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> tuple:
-        return self.draw(range(len(self))[index], self._epoch.value)
+        tally = Tally()
+        item = self.draw(range(len(self))[index], self._epoch.value, tally=tally)
+        self._account.add(tally)
+        return item
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other crops, captions, dropouts and flips from now on, also in running workers."""
         self._epoch.value = epoch
 
-    def draw(self, index: int, epoch: int, repeat: int = 0) -> tuple:
+    def draw(self, index: int, epoch: int, repeat: int = 0, tally: Tally | None = None) -> tuple:
         """The item of sample `index` in an epoch; `repeat` counts its further uses in that epoch.
 
-        Raises ValueError if neither it nor any of the samples tried in its place can be read.
+        `tally` takes note of it, and of what is wrong with it if it cannot be read; not of its
+        stand-ins, whose own turn comes. Raises ValueError if none of them can be read either.
         """
         rng = derived_random(self.seed, epoch, repeat, self.keys[index])
-        candidate, reason = index, None
+        tally = Tally() if tally is None else tally
+        tally.samples += 1
+        candidate = index
         for _ in range(min(len(self), MAX_STAND_INS)):
             try:
-                return self._make(candidate, rng)
+                return self.make(candidate, rng, tally)
             except BadSample as error:
-                reason = f"{self.folder / self.keys[candidate]}: {error}"
-                self._report(candidate, reason)
+                name, reason = str(self.folder / self.keys[candidate]), error
+            if candidate == index:
+                tally.skip(name, reason)
             step = rng.randrange(1, len(self)) if self.shuffle and len(self) > 1 else 1
             candidate = (candidate + step) % len(self)
-        raise ValueError(f"no sample can be read, the last one tried was {reason}")
+        raise ValueError(f"no sample can be read, the last one tried was {name}: {reason}")
 
-    def _make(self, index: int, rng) -> tuple:
+    def make(self, index: int, rng: random.Random, tally: Tally) -> tuple:
+        """The item of this very sample. Raises BadSample."""
         captions = []
         if self._caption_files:
             captions = read_captions(self.folder / self._caption_files[index])
-        item = self.recipe.make(self.folder / self.keys[index], captions, rng)
+        item = self.recipe.make(self.folder / self.keys[index], captions, rng, tally)
         return (*item, self.keys[index]) if self.return_keys else item
-
-    def _report(self, index: int, reason: str) -> None:
-        if not self._bad[index]:
-            self._bad[index] = True
-            logger.warning("skipped %s", reason)
 
     def subset(self, indices: Sequence[int]) -> "TextImageDataset":
         """The same dataset with these samples only."""
         chosen = copy.copy(self)
         chosen.keys = [self.keys[i] for i in indices]
         chosen._caption_files = [self._caption_files[i] for i in indices if self._caption_files]
-        chosen._bad = _flags(len(chosen.keys))
+        chosen._account = DataAccount()
         chosen._epoch = SharedInteger(self._epoch.value)
         return chosen
 
@@ -133,9 +133,6 @@ class TextImageDataset(Dataset):
         fixed = copy.copy(self)
         fixed.recipe = self.recipe.for_evaluation()
         fixed.shuffle = False
+        fixed._account = DataAccount()
         fixed._epoch = SharedInteger()
         return fixed
-
-
-def _flags(count: int) -> torch.Tensor:
-    return torch.zeros(count, dtype=torch.bool).share_memory_()

@@ -9,8 +9,9 @@ import itertools
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Progress:
     step: optimizer steps, those included that were skipped, and those before the run where it
     began with the training state of another one: `first_step`. images: trained on.
     skipped_steps: whose loss or gradient was not finite; skipped_in_a_row: the last of them.
+    left_out: how many samples the data left out, by reason, as in `Tally.metrics`.
     """
 
     epoch: int = 0
@@ -59,6 +61,7 @@ class Progress:
     images: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 class Trainer:
@@ -160,17 +163,15 @@ class Trainer:
             loader.dataset.set_epoch(self.progress.epoch)
         self._total_steps = self._count_steps(loader)
         self.model.train()
-        started = time.perf_counter()
-        groups = groups_of(self.config.gradient_accumulation_steps, loader)
+        timer = StepTimer(loader)
+        groups = groups_of(self.config.gradient_accumulation_steps, timer)
         for batches, ends_epoch in with_last(groups):
-            metrics = self.train_step(batches)
-            # with the time spent waiting for the batches, without that for samples and saving
-            metrics["images_per_second"] = _image_count(batches) / (time.perf_counter() - started)
+            metrics = self.train_step(batches) | timer.metrics(_image_count(batches))
             is_last = ends_epoch and self.progress.epoch + 1 >= self.config.epochs
             self._after_step(metrics, display, is_last or self._made_max_steps())
             if self.reached_end() or self.stop_requested:
                 return
-            started = time.perf_counter()
+            timer.start()
         if self.progress.batch == 0:
             raise ValueError("the data gave no batch: it is empty or everything was filtered out")
         self.progress.epoch += 1
@@ -215,6 +216,11 @@ class Trainer:
         self.progress.step += 1
         self.progress.batch += len(batches)
         self.progress.images += image_count
+        left_out = Counter(self.progress.left_out)
+        for batch in batches:
+            left_out.update(getattr(batch, "left_out", {}))
+        self.progress.left_out = dict(left_out)
+        metrics |= {f"data/{name}": count for name, count in left_out.items()}
         return metrics | {"skipped_steps": self.progress.skipped_steps}
 
     def _set_learning_rate(self) -> float:
@@ -323,6 +329,37 @@ class Trainer:
             step = self.progress.step
             self.progress = Progress(step=step, first_step=step)
         self._saved_step = self.progress.step
+
+
+class StepTimer:
+    """Passes batches on and takes the time of steps: that between `start` and `metrics`, in which
+    the batches of the next step are fetched, but not samples drawn or checkpoints saved.
+    """
+
+    def __init__(self, loader: Iterable) -> None:
+        self._loader = loader
+        self.start()
+
+    def start(self) -> None:
+        self._waited, self._started = 0.0, time.perf_counter()
+
+    def __iter__(self) -> Iterator[Any]:
+        batches, end = iter(self._loader), object()
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, end)
+            self._waited += time.perf_counter() - started
+            if batch is end:
+                return
+            yield batch
+
+    def metrics(self, image_count: int) -> dict[str, float]:
+        """Images per second, and the share of the time, 0 to 1, that was spent on the data."""
+        seconds = time.perf_counter() - self._started
+        return {
+            "images_per_second": image_count / seconds,
+            "data/wait_share": self._waited / seconds,
+        }
 
 
 def is_time(step: int, interval: int) -> bool:

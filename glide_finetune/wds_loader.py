@@ -1,9 +1,7 @@
 """Images and captions from WebDataset tar shards."""
 
 import copy
-import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +12,7 @@ from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from glide_finetune.config import DATASET_NAMES
-from glide_finetune.data.bad_samples import BadSample
+from glide_finetune.data.bad_samples import BadSample, DataAccount, Tally
 from glide_finetune.data.captions import Tokenizer, decode_caption
 from glide_finetune.data.sample_recipe import SampleRecipe
 from glide_finetune.data.shards import Urls, expand_shards, is_remote
@@ -26,8 +24,6 @@ from glide_finetune.data.wds_filter import (
     word_pattern,
 )
 from glide_finetune.seeds import derived_random
-
-logger = logging.getLogger(__name__)
 
 ALAMY_CAPTION = "caption"  # the field of Alamy's metadata
 
@@ -79,7 +75,7 @@ class ShardStream(IterableDataset):
         self.shuffle_buffer = shuffle_buffer
         self.return_keys = return_keys
         self._epoch = SharedInteger(epoch)
-        self._named: set[str] = set()
+        self._account = DataAccount()  # of what is iterated over directly
         self._held_back: frozenset[str] = frozenset()
 
     @property
@@ -95,39 +91,43 @@ class ShardStream(IterableDataset):
         fixed = copy.copy(self)
         fixed.recipe = self.recipe.for_evaluation()
         fixed.shuffle_buffer = 0
+        fixed._account = DataAccount()
         fixed._epoch = SharedInteger()
         return fixed
 
     def without(self, keys: Collection[str]) -> "ShardStream":
         """The same samples but for those with these keys ("SHARD/KEY")."""
         smaller = copy.copy(self)
+        smaller._account = DataAccount()
         smaller._held_back = self._held_back | frozenset(keys)
         smaller._epoch = SharedInteger(self.epoch)
         return smaller
 
     def __iter__(self) -> Iterator[tuple]:
-        epoch, rejected, given = self.epoch, Counter(), 0
+        epoch, tally, given = self.epoch, Tally(), 0
         worker = get_worker_info()
         place = (worker.id, worker.num_workers) if worker else (0, 1)
-        for raw in self.raw_samples(epoch, *place, rejected):
+        for raw in self.raw_samples(epoch, *place, tally):
             try:
-                item = self.make(raw, epoch)
+                item = self.make(raw, epoch, tally)
             except BadSample as error:
-                self.report(raw.key, error, rejected)
+                tally.skip(raw.key, error)
                 continue
+            finally:
+                self._account.add(tally.take())
             given += 1
             yield item
+        self._account.add(tally)
         if not given and worker is None:
-            raise ValueError(nothing_left(rejected))
-        if rejected:
-            logger.warning("left out %s", describe_counts(rejected))
+            raise ValueError(nothing_left(self._account))
+        self._account.end_epoch()
 
     def raw_samples(
-        self, epoch: int, worker: int, workers: int, rejected: Counter
+        self, epoch: int, worker: int, workers: int, tally: Tally
     ) -> Iterator[RawSample]:
         """One worker's share of an epoch, in its order, filtered but not decoded.
 
-        Counts the reasons for what is left out in `rejected`.
+        `tally` takes note of what is left out.
         """
         shards = list(self.shards)
         if self.shuffle_buffer:
@@ -135,34 +135,28 @@ class ShardStream(IterableDataset):
         samples = (
             raw
             for shard in shards[worker::workers]
-            for sample in self._read_shard(shard, rejected)
-            if (raw := self._select(shard, sample, rejected))
+            for sample in self._read_shard(shard, tally)
+            if (raw := self._select(shard, sample, tally))
         )
         if not self.shuffle_buffer:
             return samples
         rng = derived_random(self.seed, epoch, "buffer", worker)
         return shuffle_buffered(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)(samples)
 
-    def make(self, raw: RawSample, epoch: int) -> tuple:
+    def make(self, raw: RawSample, epoch: int, tally: Tally) -> tuple:
         """The item of a sample; its draws derive from (seed, epoch, key). Raises BadSample."""
+        tally.samples += 1
         rng = derived_random(self.seed, epoch, raw.key)
-        item = self.recipe.make(raw.image, raw.captions, rng)
+        item = self.recipe.make(raw.image, raw.captions, rng, tally)
         return (*item, raw.key) if self.return_keys else item
 
-    def report(self, key: str, reason: object, rejected: Counter, kind: str = "unreadable") -> None:
-        """Count a bad sample or shard by its kind, and name it in the log the first time."""
-        rejected[kind] += 1
-        if key not in self._named:
-            self._named.add(key)
-            logger.warning("skipped %s: %s", key, reason)
-
-    def _read_shard(self, shard: str, rejected: Counter) -> Iterator[dict[str, bytes]]:
+    def _read_shard(self, shard: str, tally: Tally) -> Iterator[dict[str, bytes]]:
         """The members of each sample of a shard by suffix, as raw bytes; nothing is unpickled."""
         errors = []
 
         def broken(error: Exception) -> bool:
             if not errors:  # one fault may show up several times
-                self.report(shard, _shard_fault(error), rejected, "broken shard")
+                tally.skip(shard, BadSample(_shard_fault(error), "shard"))
             errors.append(error)
             return True  # webdataset then goes on with what can still be read
 
@@ -180,17 +174,18 @@ class ShardStream(IterableDataset):
             return open(FileCache(os.fspath(self.cache_path)).get_file(shard), "rb")
         return gopen(shard)
 
-    def _select(self, shard: str, sample: dict[str, bytes], rejected: Counter) -> RawSample | None:
+    def _select(self, shard: str, sample: dict[str, bytes], tally: Tally) -> RawSample | None:
         key = f"{os.path.basename(shard)}/{sample['__key__']}"
         if key in self._held_back:
             return None
         try:
             raw, reason = self._filter(key, sample)
         except BadSample as error:
-            self.report(key, error, rejected)
+            tally.samples += 1
+            tally.skip(key, error)
             return None
         if reason:
-            rejected[reason] += 1
+            tally.filtered[reason] += 1
             return None
         return raw
 
@@ -228,17 +223,12 @@ def _shard_fault(error: Exception) -> str:
     return str(error.args[0] if error.args else error).split(" @ ")[0]
 
 
-def describe_counts(rejected: Mapping[str, int]) -> str:
-    """The counts by reason, the largest first, as in "30 too small, 2 unreadable"."""
-    reasons = sorted(rejected.items(), key=lambda pair: (-pair[1], pair[0]))
-    return ", ".join(f"{count} {reason}" for reason, count in reasons)
-
-
-def nothing_left(rejected: Mapping[str, int]) -> str:
+def nothing_left(account: DataAccount) -> str:
     """What to tell when an epoch has no sample."""
-    if not rejected:
+    left_out = account.describe()
+    if not left_out:
         return "the shards hold no samples"
-    return f"no sample of the shards can be used: {describe_counts(rejected)}; loosen the filters"
+    return f"no sample of the shards can be used: {left_out}; loosen the filters"
 
 
 def glide_wds_loader(

@@ -121,9 +121,10 @@ class DataAccount:
 
     def _give_up_beyond(self, samples: int) -> None:
         if 2 * self._unreadable > samples:
+            unreadable = {name: self._left_out[name] for name in KINDS.values()}
             raise ValueError(
                 f"{self._unreadable} of the first {self._samples} samples cannot be read "
-                f"({self.describe()}), such as {self._example.name}: {self._example.reason}; "
+                f"({describe_counts(+Counter(unreadable))}), such as {self._example.name}: {self._example.reason}; "
                 "mend or remove them (--dry_run lists what is wrong)"
             )
 

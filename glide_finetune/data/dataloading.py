@@ -5,25 +5,21 @@ of workers, for shards with the same number of workers; and also when an epoch i
 middle, where what lies before is not decoded.
 """
 
-import logging
 import math
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from glide_finetune.data.bad_samples import BadSample
+from glide_finetune.data.bad_samples import BadSample, DataAccount, Tally
 from glide_finetune.data.shared_integer import SharedInteger
 from glide_finetune.loader import TextImageDataset
 from glide_finetune.seeds import derived_seed
-from glide_finetune.wds_loader import ShardStream, describe_counts, nothing_left
-
-logger = logging.getLogger(__name__)
+from glide_finetune.wds_loader import ShardStream, nothing_left
 
 
 def make_dataloader(
@@ -100,18 +96,22 @@ class _Draw(NamedTuple):
     repeat: int  # further uses in the same epoch, when a folder is smaller than a batch
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """A worker's error as a message, so that the user sees one line and no worker's traceback."""
+class Batch(tuple):
+    """A batch as the train steps take it.
 
-    message: str
+    left_out: how many samples were left out on the way to it and why, as in `Tally.metrics`.
+    """
+
+    left_out: Counter[str]
 
 
-@dataclass(frozen=True)
-class _ShareEnd:
-    """Sent by a worker after its last batch of an epoch."""
+class _Message(NamedTuple):
+    """From a worker to the main process."""
 
-    rejected: Counter
+    batch: tuple | None  # None for one that a resumed epoch has behind it, and for what follows
+    tally: Tally  # noted since the last message
+    error: str = ""  # so that the user sees one line and no worker's traceback
+    is_end: bool = False  # of the worker's share of the epoch
 
 
 def _collate(items: Sequence[tuple]) -> tuple:
@@ -119,6 +119,12 @@ def _collate(items: Sequence[tuple]) -> tuple:
         list(values) if isinstance(values[0], str) else torch.stack(values)
         for values in zip(*items, strict=True)
     )
+
+
+def _received(message: _Message) -> Batch:
+    batch = Batch(message.batch)
+    batch.left_out = message.tally.metrics()
+    return batch
 
 
 def _as_it_is(batch):
@@ -152,11 +158,13 @@ class _FolderDraws(Dataset):
     def __init__(self, dataset: TextImageDataset) -> None:
         self.dataset = dataset
 
-    def __getitems__(self, draws: list[_Draw]) -> tuple | _Failure:
+    def __getitems__(self, draws: list[_Draw]) -> _Message:
+        tally = Tally()
         try:
-            return _collate([self.dataset.draw(*draw) for draw in draws])
+            items = [self.dataset.draw(*draw, tally=tally) for draw in draws]
         except ValueError as error:
-            return _Failure(str(error))
+            return _Message(None, tally, error=str(error))
+        return _Message(_collate(items), tally)
 
 
 class FolderBatches:
@@ -166,11 +174,12 @@ class FolderBatches:
         self, dataset: TextImageDataset, order: _FolderEpoch, num_workers: int, pin_memory: bool
     ) -> None:
         self._epoch = order
+        self._account = DataAccount(order.batches * order.batch_size)
         self._loader = DataLoader(
             _FolderDraws(dataset),
             batch_sampler=self._epoch,
             collate_fn=_as_it_is,
-            **_loader_settings(num_workers, pin_memory),
+            **loader_settings(num_workers, pin_memory),
         )
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
@@ -179,11 +188,13 @@ class FolderBatches:
     def __len__(self) -> int:
         return self._epoch.batches
 
-    def __iter__(self) -> Iterator[tuple]:
-        for batch in self._loader:
-            if isinstance(batch, _Failure):
-                raise ValueError(batch.message)
-            yield batch
+    def __iter__(self) -> Iterator[Batch]:
+        for message in self._loader:
+            self._account.add(message.tally)
+            if message.error:
+                raise ValueError(message.error)
+            yield _received(message)
+        self._account.end_epoch()
 
 
 class _ShardShare(IterableDataset):
@@ -194,8 +205,8 @@ class _ShardShare(IterableDataset):
         self.stream, self.batch_size = stream, batch_size
         self.start_batch = SharedInteger()
 
-    def __iter__(self) -> Iterator[tuple | _ShareEnd | None]:
-        """Batches, with None for those that are surely before `start_batch`.
+    def __iter__(self) -> Iterator[_Message]:
+        """Batches, without content those that are surely before `start_batch`.
 
         The batches of all workers are taken in turn, so batch n of worker w is batch
         n * workers + w of the epoch, or an earlier one where another worker has run out. Hence
@@ -204,40 +215,44 @@ class _ShardShare(IterableDataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         skip = max(0, math.ceil((self.start_batch.value - worker) / workers))
-        epoch, rejected = self.stream.epoch, Counter()
-        raw_samples = self.stream.raw_samples(epoch, worker, workers, rejected)
+        epoch, tally = self.stream.epoch, Tally()
+        raw_samples = self.stream.raw_samples(epoch, worker, workers, tally)
         for n in range(skip):
             size = sum(1 for _ in islice(raw_samples, self.batch_size))
+            tally.take()  # told before
             if size == self.batch_size or (size and n == 0):
-                yield None
+                yield _Message(None, Tally())
             if size < self.batch_size:
                 break
         first, batch = skip == 0, []
-        for item in self._items(raw_samples, epoch, rejected):
+        for item in self._items(raw_samples, epoch, tally):
             batch.append(item)
             if len(batch) == self.batch_size:
-                yield _collate(batch)
+                yield _Message(_collate(batch), tally.take())
                 first, batch = False, []
         if batch and first:
-            yield _collate(list(islice(cycle(batch), self.batch_size)))
-        yield _ShareEnd(rejected)
+            yield _Message(_collate(list(islice(cycle(batch), self.batch_size))), tally.take())
+        yield _Message(None, tally, is_end=True)
 
-    def _items(self, raw_samples, epoch: int, rejected: Counter) -> Iterator[tuple]:
-        """An item for each sample; the next readable one also stands in for an unreadable one.
+    def _items(self, raw_samples, epoch: int, tally: Tally) -> Iterator[tuple]:
+        """An item for each sample; the next readable one also stands in for an unreadable one,
+        and the last readable one for those after it.
 
         Leaving a gap instead would move all that follows, and where an epoch is entered in the
         middle nobody knows which of the samples before were unreadable.
         """
-        gaps = 0
+        gaps, item = 0, None
         for raw in raw_samples:
             try:
-                item = self.stream.make(raw, epoch)
+                item = self.stream.make(raw, epoch, tally)
             except BadSample as error:
-                self.stream.report(raw.key, error, rejected)
+                tally.skip(raw.key, error)
                 gaps += 1
                 continue
             yield from [item] * (gaps + 1)
             gaps = 0
+        if item is not None:
+            yield from [item] * gaps
 
 
 class ShardBatches:
@@ -252,33 +267,34 @@ class ShardBatches:
         self, stream: ShardStream, batch_size: int, num_workers: int, pin_memory: bool
     ) -> None:
         self._share = _ShardShare(stream, batch_size)
+        self._account = DataAccount()
         self._loader = DataLoader(
             self._share,
             batch_size=None,
             collate_fn=_as_it_is,
-            **_loader_settings(min(num_workers, len(stream.shards)), pin_memory),
+            **loader_settings(min(num_workers, len(stream.shards)), pin_memory),
         )
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         self._share.stream.set_epoch(epoch)
         self._share.start_batch.value = start_batch
 
-    def __iter__(self) -> Iterator[tuple]:
-        rejected, place, start_batch = Counter(), 0, self._share.start_batch.value
+    def __iter__(self) -> Iterator[Batch]:
+        place, start_batch = 0, self._share.start_batch.value
         for message in self._loader:
-            if isinstance(message, _ShareEnd):
-                rejected += message.rejected
+            self._account.add(message.tally)
+            if message.is_end:
                 continue
-            if place >= start_batch and message is not None:
-                yield message
+            if place >= start_batch and message.batch is not None:
+                yield _received(message)
             place += 1
         if place == 0:
-            raise ValueError(nothing_left(rejected))
-        if rejected:
-            logger.warning("this epoch left out %s", describe_counts(rejected))
+            raise ValueError(nothing_left(self._account))
+        self._account.end_epoch()
 
 
-def _loader_settings(num_workers: int, pin_memory: bool) -> dict:
+def loader_settings(num_workers: int, pin_memory: bool) -> dict:
+    """What every `DataLoader` is made with here."""
     return {
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,

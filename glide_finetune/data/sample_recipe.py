@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import ImageOps
 
+from glide_finetune.data.bad_samples import Tally
 from glide_finetune.data.captions import Tokenizer, caption_tensors, default_tokenizer
 from glide_finetune.data.images import ImageSource, read_crop, shrink, to_tensor
 
@@ -52,12 +53,17 @@ class SampleRecipe:
         return replace(self, augment=False)
 
     def make(
-        self, image: ImageSource | None, captions: Sequence[str], rng: random.Random
+        self,
+        image: ImageSource | None,
+        captions: Sequence[str],
+        rng: random.Random,
+        tally: Tally,
     ) -> tuple[torch.Tensor, ...]:
         """(tokens, mask, image) or (tokens, mask, low_res, high_res); (tokens, mask) without image.
 
         tokens int64 and mask bool, both (text_ctx_len,); images float32 (3, height, width) in
-        [-1, 1]. No captions means the empty caption. Raises BadSample.
+        [-1, 1]. No captions means the empty caption. `tally` learns of cut captions. Raises
+        BadSample.
         """
         # All three are drawn whatever the settings, so that changing one leaves the others' draws.
         dropout, which, flip = rng.random(), rng.random(), rng.random()
@@ -65,7 +71,8 @@ class SampleRecipe:
         if self.augment and dropout < self.uncond_p:
             caption = ""
         tokenizer = self.tokenizer or default_tokenizer()
-        tokens, mask, _ = caption_tensors(tokenizer, caption, self.text_ctx_len)
+        tokens, mask, is_cut = caption_tensors(tokenizer, caption, self.text_ctx_len)
+        tally.captions_cut += is_cut
         if image is None:
             return tokens, mask
 
@@ -75,5 +82,5 @@ class SampleRecipe:
         if self.augment and self.random_hflip and flip < 0.5:
             crop = ImageOps.mirror(crop)
         if self.upscale_factor is None:
-            return (tokens, mask, to_tensor(crop))
-        return (tokens, mask, to_tensor(shrink(crop, factor)), to_tensor(crop))
+            return tokens, mask, to_tensor(crop)
+        return tokens, mask, to_tensor(shrink(crop, factor)), to_tensor(crop)
