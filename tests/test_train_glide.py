@@ -38,7 +38,8 @@ EXACT = shlex.split(
     "--log_frequency 20 --test_prompt patch --save_checkpoint_interval 7"
 )
 LAST_STEP = 25
-NOT_OF_THE_RUN = ("images_per_second", "memory_gb")  # metrics that differ from machine to machine
+# Metrics that differ from machine to machine.
+NOT_OF_THE_RUN = ("images_per_second", "data/wait_share", "memory_gb")
 
 
 @pytest.fixture(autouse=True)

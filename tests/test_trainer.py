@@ -1,6 +1,8 @@
 """The training loop."""
 
 import logging
+from collections import Counter
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -9,9 +11,10 @@ import torch
 from glide_finetune import trainer as trainer_module
 from glide_finetune.batch_losses import batch_losses
 from glide_finetune.checkpoints import newest_checkpoint, read_training_state
+from glide_finetune.data.dataloading import Batch
 from glide_finetune.glide_finetune import base_train_step
 from glide_finetune.metrics import MetricsLog, read_metrics
-from glide_finetune.trainer import Progress, TrainingDiverged
+from glide_finetune.trainer import Progress, StepTimer, TrainingDiverged
 from glide_finetune.weights import read_weights
 from tiny_training import (
     assert_same_weights,
@@ -485,3 +488,51 @@ def test_a_typed_weight_decay_wins_over_that_of_the_checkpoint(tmp_path):
     again = resumed(tmp_path, adam_weight_decay=0.5, learning_rate=1e-5)
     assert again.optimizer.param_groups[0]["weight_decay"] == 0.5
     assert again.train_step([tiny_batch()])["lr"] == pytest.approx(1e-5)
+
+
+def left_out(batch: tuple, **counts: int) -> Batch:
+    batch = Batch(batch)
+    batch.left_out = Counter(counts)
+    return batch
+
+
+def test_what_the_data_left_out_is_counted_over_the_run_and_survives_a_resume(tmp_path):
+    log = MetricsLog(tmp_path)
+    trainer = tiny_trainer(tmp_path, log=log, epochs=2, gradient_accumulation_steps=2)
+    trainer.train(
+        [
+            left_out(tiny_batch(), skipped_image=2),
+            left_out(tiny_batch(seed=1), skipped_image=1, filtered_too_small=5),
+            left_out(tiny_batch(seed=2)),
+            tiny_batch(seed=3),
+        ]
+    )
+    counts = [
+        [record.get(f"data/{name}") for name in ("skipped_image", "filtered_too_small")]
+        for record in read_metrics(tmp_path)
+    ]
+    assert counts == [[3, 5], [3, 5], [6, 10], [6, 10]]
+    again = tiny_trainer(tmp_path)
+    again.restore(newest_checkpoint(tmp_path))
+    assert again.progress.left_out == {"skipped_image": 6, "filtered_too_small": 10}
+
+
+def test_the_share_of_a_step_spent_waiting_for_data_is_told(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: clock.now)
+
+    def slow_loader():
+        for _ in range(3):
+            clock.now += 3.0
+            yield "batch"
+
+    timer = StepTimer(slow_loader())
+    batches = iter(timer)
+    next(batches)
+    clock.now += 1.0
+    assert timer.metrics(8) == {"images_per_second": 2.0, "data/wait_share": 0.75}
+    clock.now += 100.0  # for samples and checkpoints
+    timer.start()
+    next(batches)
+    clock.now += 9.0
+    assert timer.metrics(6) == {"images_per_second": 0.5, "data/wait_share": 0.25}
