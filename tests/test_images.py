@@ -1,7 +1,13 @@
 """One path from any image file to the right pixels."""
 
 import io
+import os
 import random
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -9,7 +15,18 @@ import torch
 from PIL import Image, ImageDraw
 
 from glide_finetune.data.bad_samples import BadSample
-from glide_finetune.data.images import crop_box, read_crop, read_image, shrink, to_pil, to_tensor
+from glide_finetune.data.images import (
+    crop_box,
+    prepared_size,
+    read_crop,
+    read_image,
+    read_prepared,
+    shrink,
+    to_pil,
+    to_rgb,
+    to_tensor,
+    upright_size,
+)
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -49,6 +66,18 @@ def half_and_half(mode: str, left, right, size: int = 64) -> Image.Image:
     image = Image.new(mode, (size, size), left)
     image.paste(right, (size // 2, 0, size, size))
     return image
+
+
+def png(width: int, height: int, depth: int, colour: int, pixels: bytes) -> bytes:
+    """A PNG of any kind; `pixels` are its rows, each after a zero byte."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*parts) for parts in chunks)
 
 
 WHITE = (255, 255, 255)
@@ -101,6 +130,69 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped():
     assert colours(saved(Image.fromarray(values), "TIFF")) == [(100, 100, 100), WHITE]
 
 
+@pytest.mark.parametrize(
+    ("colour", "pixel", "want"),
+    [
+        (2, (100 * 257, 50 * 257, 0xFFFF), (100, 50, 255)),
+        (6, (100 * 257, 50 * 257, 0, 0x8000), (177, 152, 127)),
+        (4, (100 * 257, 0xFFFF), (100, 100, 100)),
+        (4, (100 * 257, 0), WHITE),
+    ],
+    ids=["RGB", "RGBA", "opaque grey", "transparent grey"],
+)
+def test_sixteen_bit_colours_are_scaled(colour, pixel, want):
+    row = b"\0" + struct.pack(f">{len(pixel)}H", *pixel) * 16
+    assert near(colours(png(16, 16, 16, colour, row * 16))[0], want)
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+def test_sixteen_bit_tiffs_of_either_byte_order_are_read(dtype):
+    values = np.full((64, 64), 100 * 257, dtype=dtype)
+    image = Image.fromarray(values)
+    assert colours(saved(image, "TIFF"))[0] == (100, 100, 100)
+
+
+def test_every_mode_with_transparency_is_put_on_white():
+    image = half_and_half("RGBA", (200, 0, 0, 255), (0, 0, 0, 0))
+    grey = half_and_half("LA", (200, 255), (0, 0))
+    palette = Image.new("P", (64, 64))
+    palette.putpalette([200, 0, 0])
+    palette.putalpha(grey.getchannel("A"))
+    assert palette.mode == "PA"
+    for source in (image, image.convert("RGBa"), grey, grey.convert("La"), palette):
+        converted = to_rgb(source)
+        assert converted.mode == "RGB"
+        assert converted.getpixel((0, 0))[0] == 200, source.mode
+        assert converted.getpixel((63, 0)) == WHITE, source.mode
+
+
+TIFFS = {
+    "raw": {},
+    "LZW": {"compression": "tiff_lzw"},
+    "deflate": {"compression": "tiff_adobe_deflate"},
+    "packbits": {"compression": "packbits"},
+    "JPEG": {"compression": "jpeg", "quality": 95},
+    "BigTIFF": {"big_tiff": True},
+    "pages": {"save_all": True, "append_images": [Image.new("RGB", (64, 64))]},
+}
+
+
+@pytest.mark.parametrize("options", TIFFS.values(), ids=TIFFS)
+def test_tiffs_of_all_kinds_are_read(options):
+    image = half_and_half("RGB", (255, 0, 0), (255, 255, 255))
+    red, white = colours(saved(image, "TIFF", **options))
+    assert near(red, (255, 0, 0), 3)
+    assert near(white, WHITE, 3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "RGBA", "YCbCr"])
+def test_tiffs_of_all_modes_are_read(mode):
+    image = half_and_half("RGB", (0, 0, 0), (255, 255, 255)).convert(mode)
+    black, white = colours(saved(image, "TIFF"))
+    assert near(black, (0, 0, 0))
+    assert near(white, WHITE)
+
+
 def test_values_of_unknown_range_are_refused():
     for values in (np.full((8, 8), 1e6, dtype=np.int32), np.full((8, 8), 0.5, dtype=np.float32)):
         with pytest.raises(BadSample, match="range is unknown"):
@@ -115,7 +207,7 @@ def test_cmyk_jpegs_come_out_in_their_colours():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_exif_orientation_is_applied(orientation, image_format):
     upright = Image.new("RGB", (240, 160), "white")  # a red corner, a blue one, not square
     draw = ImageDraw.Draw(upright)
@@ -134,14 +226,44 @@ def test_exif_orientation_is_applied(orientation, image_format):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = saved(stored, image_format, exif=exif)
+    assert upright_size(data) == upright.size
+    assert read_prepared(data, (24, 16), 1.0)[1] == upright.size
     assert psnr(read_crop(data, (24, 16)), upright.resize((24, 16), Image.Resampling.BOX)) > 27
 
 
-def test_of_an_animation_the_first_frame_is_taken():
-    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "green")]
-    data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=10)
+def exif_bytes(orientation_type: int, value: int) -> bytes:
+    """EXIF data of one entry, the orientation, in a type and with a value of choice."""
+    entry = struct.pack("<HHII", 0x0112, orientation_type, 1, value)
+    return b"Exif\0\0II*\0\x08\0\0\0" + b"\x01\0" + entry + b"\0\0\0\0"
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0garbage",
+        b"Exif\0\0II*\0\xff\xff\xff\x7f",
+        exif_bytes(3, 6)[:-9],
+        exif_bytes(3, 9999),
+        exif_bytes(2, 0xFFFFFF),
+        exif_bytes(99, 6),
+    ],
+    ids=["garbage", "far offset", "cut", "no such value", "text", "no such type"],
+)
+def test_broken_exif_loses_no_image_and_warns_nobody(exif, image_format, recwarn):
+    data = saved(half_and_half("RGB", (255, 0, 0), WHITE), image_format, exif=exif)
+    red, white = colours(data)
+    assert near(red, (255, 0, 0), 8)
+    assert near(white, WHITE, 8)
+    assert not recwarn
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+def test_of_several_frames_the_first_one_is_taken(image_format):
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "lime")]
+    data = saved(frames[0], image_format, save_all=True, append_images=frames[1:])
     assert Image.open(io.BytesIO(data)).n_frames == 3
-    assert colours(data) == [(255, 0, 0), (255, 0, 0)]
+    assert near(colours(data)[0], (255, 0, 0), 4)
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 5000), (5000, 1), (7, 300), (9, 9)])
@@ -165,27 +287,116 @@ def test_small_images_are_enlarged(width, height):
     [
         (b"", "not an image"),
         (b"this is text, not an image", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "not an image"),
         (saved(photo(64, 64), "PNG")[:3000], "truncated"),
         (saved(photo(64, 64), "JPEG")[:900], "truncated"),
+        (saved(photo(64, 64), "WEBP")[:900], "."),
+        (saved(photo(64, 64), "GIF")[:900], "."),
+        (saved(photo(64, 64), "BMP")[:900], "truncated"),
+        (saved(photo(64, 64), "TIFF")[:900], "."),
         (saved(photo(64, 64), "PNG")[:40], "."),
     ],
-    ids=["zero bytes", "text", "cut PNG", "cut JPEG", "PNG header"],
+    ids=[
+        "nothing",
+        "text",
+        "PostScript",
+        "PNG",
+        "JPEG",
+        "WebP",
+        "GIF",
+        "BMP",
+        "TIFF",
+        "PNG-header",
+    ],
 )
-def test_what_is_no_complete_image_is_a_bad_sample_with_a_reason(data, reason):
-    with pytest.raises(BadSample, match=reason) as error:
-        read_crop(data, (8, 8))
-    assert str(error.value)
-    assert "\n" not in str(error.value)
+def test_what_is_no_complete_image_is_a_bad_sample_with_a_reason(data, reason, recwarn):
+    for read in (lambda: read_crop(data, (8, 8)), lambda: read_prepared(data, (8, 8), 1.0)):
+        with pytest.raises(BadSample, match=reason) as error:
+            read()
+        assert str(error.value)
+        assert "\n" not in str(error.value)
+    assert not recwarn
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_decompression_bomb_is_refused_before_it_is_decoded():
-    """A file of 100 bytes that claims 30,000 x 30,000, and one a little above our own limit."""
+def test_the_content_decides_and_not_the_name(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(saved(Image.new("RGB", (64, 64), (10, 20, 30)), "PNG"))
+    assert read_crop(path, (8, 8)).getpixel((0, 0)) == (10, 20, 30)
+
+
+def bomb(image_format: str, side: int) -> bytes:
+    """A small file whose header claims `side` x `side` pixels."""
+    if image_format == "PNG":
+        return png(side, side, 8, 2, b"")
+    data = bytearray(saved(Image.new("RGB", (1, 1)), image_format))
+    if image_format == "BMP":
+        data[18:26] = struct.pack("<II", side, side)
+    elif image_format == "GIF":
+        data[6:10] = struct.pack("<HH", side, side)
+    elif image_format == "TIFF":
+        for tag in (256, 257):
+            entry = data.index(struct.pack("<HHI", tag, 4, 1))
+            data[entry + 8 : entry + 12] = struct.pack("<I", side)
+    elif image_format == "JPEG":
+        frame = data.index(b"\xff\xc0")
+        data[frame + 5 : frame + 9] = struct.pack(">HH", side, side)
+    elif image_format == "WEBP":
+        canvas = struct.pack("<I", side - 1)[:3]
+        extended = b"VP8X" + struct.pack("<II", 10, 0) + canvas * 2
+        data = b"RIFF" + struct.pack("<I", len(data) + 10) + b"WEBP" + extended + data[12:]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "BMP", "GIF", "TIFF", "JPEG"])
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(image_format, recwarn):
+    """A file of some bytes that claims 30,000 x 30,000, and one a little above our own limit."""
     for side in (30_000, 12_000):
-        data = bytearray(saved(Image.new("1", (1, 1)), "BMP"))
-        data[18:26] = side.to_bytes(4, "little") * 2
-        with pytest.raises(BadSample, match="too many pixels"):
-            read_crop(bytes(data), (8, 8))
+        data = bomb(image_format, side)
+        assert len(data) < 1000
+        for read, *settings in ((read_crop, (8, 8)), (upright_size,), (read_prepared, (8, 8), 1.0)):
+            with pytest.raises(BadSample, match="too many pixels"):
+                read(data, *settings)
+    assert not recwarn
+
+
+@pytest.mark.slow
+def test_bombs_take_no_memory():
+    """In a process of its own, whose peak of memory nothing else has raised."""
+    code = """
+import resource, sys
+from test_images import bomb, read_crop
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for image_format in ("PNG", "BMP", "GIF", "TIFF", "JPEG", "WEBP"):
+    try:
+        read_crop(bomb(image_format, 30_000 if image_format != "WEBP" else 16_383), (8, 8))
+    except ValueError:
+        continue
+    raise SystemExit(f"{image_format} was read")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(["tests", *sys.path])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(result.stdout) < 20  # MB
+    assert not result.stderr
+
+
+def test_large_images_below_the_limit_are_read_without_warning(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_crop(saved(Image.new("RGB", (64, 64)), "PNG"), (8, 8)).size == (8, 8)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_named_pipe_is_a_bad_sample_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(BadSample, match="not a regular file"):
+        read_crop(tmp_path / "x.png", (8, 8))
 
 
 def test_a_missing_file_and_a_folder_are_bad_samples(tmp_path):
@@ -235,6 +446,33 @@ def test_reduced_decoding_is_close_to_full_resampling(width, height):
         box = crop_box((width, height), (64, 64), 0.8, random.Random(seed))
         want = exact.resize((64, 64), Image.Resampling.BICUBIC, box=box)
         assert psnr(read_crop(data, (64, 64), 0.8, random.Random(seed)), want) > 35
+
+
+@pytest.mark.parametrize("target", [(64, 64), (48, 96), (128, 128)])
+@pytest.mark.parametrize(("width", "height"), [(1600, 1200), (517, 391), (333, 1000), (120, 90)])
+def test_crops_of_a_prepared_image_are_those_of_the_image(width, height, target):
+    data = saved(photo(width, height), "JPEG", quality=92)
+    image, size = read_prepared(data, target, 0.8)
+    assert size == (width, height)
+    assert image.size == prepared_size(size, target, 0.8)
+    prepared = saved(image, "PNG")
+    for seed in range(5):
+        want = read_crop(data, target, 0.8, random.Random(seed))
+        assert psnr(read_crop(prepared, target, 0.8, random.Random(seed)), want) > 35
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.8, 1.0])
+def test_a_prepared_image_is_as_small_as_its_smallest_windows_allow(ratio):
+    for size in ((4000, 3000), (3000, 4001), (1999, 300), (150, 100), (20, 10)):
+        width, height = prepared_size(size, (64, 64), ratio)
+        assert width <= size[0]
+        assert height <= size[1]
+        smallest = min(width, height) * ratio**0.5
+        if smallest < 64 * 1.25:
+            assert (width, height) == size
+        elif (width, height) != size:
+            assert smallest < 64 * 1.25 * 1.15
+            assert width / size[0] == pytest.approx(height / size[1], rel=0.005)
 
 
 def test_downscaling_is_antialiased():

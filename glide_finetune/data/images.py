@@ -10,17 +10,16 @@ import logging
 import math
 import os
 import random
-import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 
 from glide_finetune.data.bad_samples import BadSample
+from glide_finetune.data.regular_files import open_regular
 
 MAX_PIXELS = 2**27  # 134 million: above it a file is taken for a decompression bomb
 MIN_SIDE = 8  # pixels; what is narrower shows nothing
@@ -147,7 +146,8 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow's about what does no harm here
-            with _open_file(source) as file, Image.open(file, formats=FORMATS) as image:
+            file = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
+            with file, Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise BadSample(f"too many pixels ({image.width}x{image.height})")
                 yield image
@@ -155,14 +155,6 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # Pillow's decoders raise about a dozen types on broken files
         raise BadSample(_reason(error)) from error
-
-
-def _open_file(source: ImageSource) -> BinaryIO:
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    if not stat.S_ISREG(os.stat(source).st_mode):  # opening a FIFO would wait for a writer
-        raise BadSample("not a regular file")
-    return open(source, "rb")
 
 
 def _reason(error: Exception) -> str:
@@ -252,8 +244,10 @@ def shrink(image: Image.Image, factor: int) -> Image.Image:
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """An RGB image as float32 (3, height, width) in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image.convert("RGB")))
-    return pixels.permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1.0)
+    pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1).astype(np.float32, order="C")
+    pixels /= 127.5
+    pixels -= 1.0
+    return torch.from_numpy(pixels)
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:
