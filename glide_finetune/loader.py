@@ -4,11 +4,12 @@ import copy
 import os
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch.utils.data import Dataset
 
 from glide_finetune.data.bad_samples import BadSample, DataAccount, Tally
-from glide_finetune.data.captions import Tokenizer, read_captions
+from glide_finetune.data.captions import Tokenizer
 from glide_finetune.data.folder_index import index_folder
 from glide_finetune.data.sample_recipe import SampleRecipe
 from glide_finetune.data.shared_integer import SharedInteger
@@ -18,16 +19,16 @@ MAX_STAND_INS = 1000  # tried in place of one bad sample before giving up
 
 
 class TextImageDataset(Dataset):
-    """The images of a folder and its sub-folders, each with the captions in its .txt file.
+    """The images of a folder and its sub-folders with their captions (`index_folder`).
 
     Items are (tokens, mask, image), or with `enable_glide_upsample` (tokens, mask, low_res,
     high_res): tokens int64 and mask bool (text_ctx_len,), image and low_res float32
     (3, side_y, side_x) and high_res (3, side_y * upscale_factor, side_x * upscale_factor), all in
     [-1, 1]. With `return_keys` the sample's key, its path within the folder, comes last.
 
-    Of several lines in a caption file one is drawn each time. With `use_captions` images without a
-    caption file are left out (`without_caption` counts them); without it every image has the empty
-    caption. `resize_ratio`, `uncond_p` and `random_hflip` are those of `SampleRecipe`.
+    Of several captions one is drawn each time. With `use_captions` images without a caption are
+    left out (`without_caption` counts them); without it every image has the empty caption.
+    `resize_ratio`, `uncond_p` and `random_hflip` are those of `SampleRecipe`.
 
     All draws of a sample derive from (seed, epoch, its key), so `dataset[i]` is the same item until
     `set_epoch(epoch)` is called: do so before each epoch of a loop of your own over a `DataLoader`
@@ -66,16 +67,26 @@ class TextImageDataset(Dataset):
             tokenizer=tokenizer,
             text_ctx_len=text_ctx_len,
         )
-        index = index_folder(folder, use_captions)
-        self.folder = index.folder
-        self.keys = index.images
-        self.without_caption = index.without_caption
-        self._caption_files = index.captions
+        self.index = index_folder(folder, use_captions)
         self.shuffle = shuffle
         self.seed = seed
         self.return_keys = return_keys
         self._epoch = SharedInteger()
         self._account = DataAccount()  # of what is taken by index
+
+    @property
+    def folder(self) -> Path:
+        return self.index.folder
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """The paths of the images within the folder, sorted."""
+        return self.index.images
+
+    @property
+    def without_caption(self) -> int:
+        """How many images were left out because they have no caption."""
+        return self.index.without_caption
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -113,17 +124,14 @@ class TextImageDataset(Dataset):
 
     def make(self, index: int, rng: random.Random, tally: Tally) -> tuple:
         """The item of this very sample. Raises BadSample."""
-        captions = []
-        if self._caption_files:
-            captions = read_captions(self.folder / self._caption_files[index])
+        captions = self.index.read_captions(index)
         item = self.recipe.make(self.folder / self.keys[index], captions, rng, tally)
         return (*item, self.keys[index]) if self.return_keys else item
 
     def subset(self, indices: Sequence[int]) -> "TextImageDataset":
         """The same dataset with these samples only."""
         chosen = copy.copy(self)
-        chosen.keys = [self.keys[i] for i in indices]
-        chosen._caption_files = [self._caption_files[i] for i in indices if self._caption_files]
+        chosen.index = self.index.subset(indices)
         chosen._account = DataAccount()
         chosen._epoch = SharedInteger(self._epoch.value)
         return chosen

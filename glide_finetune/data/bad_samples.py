@@ -135,6 +135,7 @@ KINDS = {
     "caption": "unreadable captions",
     "metadata": "unreadable metadata",
     "name": "unusable names",
+    "folder": "unreadable folders",
     "shard": "damaged shards",
 }
 

@@ -1,13 +1,14 @@
 """Caption files, and captions as tokens."""
 
 import os
-import stat
 from functools import cache
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from glide_finetune.data.bad_samples import BadSample
+from glide_finetune.data.regular_files import open_regular
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_CAPTION_BYTES = 64 * 1024
 
@@ -53,9 +54,7 @@ def read_captions(path: str | os.PathLike) -> list[str]:
     `MAX_CAPTION_BYTES`.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for a writer
-            raise BadSample("the caption file is not a regular file", "caption")
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             text = decode_caption(file.read(MAX_CAPTION_BYTES + 1))
     except OSError as error:
         raise BadSample(f"the caption file cannot be read: {error.strerror}", "caption") from error
@@ -67,12 +66,14 @@ def read_captions(path: str | os.PathLike) -> list[str]:
 
 def caption_tensors(
     tokenizer: Tokenizer, caption: str, text_ctx: int
-) -> tuple[torch.Tensor, torch.Tensor, bool]:
+) -> "tuple[torch.Tensor, torch.Tensor, bool]":
     """(tokens, mask, is_cut): int64 (text_ctx,), bool (text_ctx,), True on the caption's own
     tokens, and whether the caption was longer and had to be cut at `text_ctx` tokens.
 
     "" is the empty caption of classifier-free guidance, all end tokens with the mask all False.
     """
+    import torch  # here, as settings are checked without it
+
     encoded = tokenizer.encode(caption)
     tokens, mask = tokenizer.padded_tokens_and_mask(encoded[:text_ctx], text_ctx)
     return (
