@@ -56,7 +56,8 @@ class TrainConfig:
         help="print the settings as they come out, and train nothing")
 
     data_dir: str = flag("./data", "-data", group=DATA, metavar="DIR",
-        help="folder of images with captions beside them, or of tar shards")
+        help="folder of images with captions beside them; with --use_webdataset a folder of tar "
+             "shards, a glob, a pattern {0000..0099}.tar, a text file of these, a URL or pipe:CMD")
     use_captions: bool = flag(True, "-txt", group=DATA,
         help="train on the captions; --no-use_captions uses all images and empty captions")
     uncond_p: float | None = flag(None, "-p", group=DATA, metavar="P",
@@ -78,6 +79,23 @@ class TrainConfig:
         help="extension of the captions in the shards")
     wds_dataset_name: str = flag("laion", "-wds_name", group=DATA, choices=DATASET_NAMES,
         help="whose metadata the shards carry; generic: none is read")
+    wds_min_size: int | None = flag(None, group=DATA, metavar="PIXELS",
+        help="smallest original width and height in LAION's metadata "
+             "(default: those of the images to train on)")
+    wds_min_aspect: float = flag(0.5, group=DATA, metavar="R",
+        help="smallest original width / height in LAION's metadata")
+    wds_max_aspect: float = flag(2.0, group=DATA, metavar="R",
+        help="largest original width / height in LAION's metadata")
+    wds_min_similarity: float | None = flag(None, group=DATA, metavar="S",
+        help="lowest similarity of image and caption in LAION's metadata, such as 0.3 "
+             "(default: no limit)")
+    wds_allow_nsfw: bool = flag(False, group=DATA,
+        help="keep what LAION's metadata rates as not safe for work")
+    wds_skip_words: str = flag("", group=DATA, metavar="FILE",
+        help="words and phrases, one a line; captions with any of them are left out")
+    wds_epoch_samples: int = flag(0, group=DATA, metavar="N",
+        help="samples of an epoch, for which shards are read again and again or cut short; "
+             "0: an epoch is one pass over them")
 
     model_preset: str = flag("glide", group=MODEL, choices=tuple(MODEL_PRESETS),
         help="size of the model: glide has the released sizes, small about 25 M parameters")
@@ -235,7 +253,14 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
     return settings
 
 
-PATHS = ("data_dir", "val_data_dir", "prompt_file", "image_to_upsample", "checkpoints_dir")
+PATHS = (
+    "data_dir",
+    "val_data_dir",
+    "wds_skip_words",
+    "prompt_file",
+    "image_to_upsample",
+    "checkpoints_dir",
+)
 
 
 def _absolute(path: str) -> str:
@@ -260,14 +285,30 @@ def read_prompts(config: TrainConfig) -> list[str]:
     """
     if not config.prompt_file:
         return [config.test_prompt]
-    path = Path(config.prompt_file).expanduser()
+    return _read_lines("prompt_file", config.prompt_file, "prompt")
+
+
+def read_skip_words(config: TrainConfig) -> list[str]:
+    """The lines of --wds_skip_words, if it is given.
+
+    Raises:
+        ConfigError: the file cannot be read or holds none.
+    """
+    if not config.wds_skip_words:
+        return []
+    return _read_lines("wds_skip_words", config.wds_skip_words, "word")
+
+
+def _read_lines(name: str, file: str, what: str) -> list[str]:
+    """The lines of a text file that are not blank, of which there must be some."""
+    path = Path(file).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"--prompt_file: cannot read {path}: {error.strerror}") from None
+        raise ConfigError(f"--{name}: cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"--prompt_file: {path} is not text in UTF-8") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ConfigError(f"--prompt_file: {path} holds no prompt, write one a line")
-    return prompts
+        raise ConfigError(f"--{name}: {path} is not text in UTF-8") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ConfigError(f"--{name}: {path} holds no {what}, write one a line")
+    return lines

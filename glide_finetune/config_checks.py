@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from glide_finetune.config import FIELDS, ConfigError, TrainConfig, read_prompts
+from glide_finetune.config import FIELDS, ConfigError, TrainConfig, read_prompts, read_skip_words
 from glide_finetune.data.folder_index import check_folder
 from glide_finetune.data.shards import SHARD_SUFFIXES, expand_shards
 from glide_finetune.demo import DEMO_SETTINGS
@@ -77,6 +77,11 @@ RANGES: dict[str, Range] = {
     "keep_checkpoints": _FROM_ZERO,
     "log_frequency": _FROM_ZERO,
     "num_workers": _FROM_ZERO,
+    "wds_min_size": _FROM_ZERO,
+    "wds_min_aspect": _FROM_ZERO,
+    "wds_max_aspect": _FROM_ZERO,
+    "wds_min_similarity": Range(-1, 1, "a number from -1 to 1"),
+    "wds_epoch_samples": _FROM_ZERO,
     "adam_weight_decay": _FROM_ZERO,
     "max_grad_norm": _FROM_ZERO,
     "vlb_weight": _FROM_ZERO,
@@ -93,7 +98,8 @@ RANGES: dict[str, Range] = {
 def _check_ranges(config: TrainConfig) -> None:
     for name, allowed in RANGES.items():
         value = getattr(config, name)
-        if not allowed.low <= value <= allowed.high:  # which NaN is not either
+        # None is for no limit; NaN is in no range
+        if value is not None and not allowed.low <= value <= allowed.high:
             raise ConfigError(f"--{name} is {value}; give {allowed.words}")
 
 
@@ -110,9 +116,21 @@ def _check_combinations(config: TrainConfig, start: Start) -> None:
         )
     if config.image_to_upsample and not config.train_upsample:
         raise ConfigError("--image_to_upsample is for the upsampler: add --train_upsample")
-    if config.lr_schedule == "cosine" and config.use_webdataset and not config.max_steps:
+    if config.wds_min_aspect > config.wds_max_aspect:
         raise ConfigError(
-            "--lr_schedule cosine needs its last step, which shards do not tell: add --max_steps"
+            f"--wds_min_aspect is {config.wds_min_aspect}, above --wds_max_aspect "
+            f"{config.wds_max_aspect}: no image is both; exchange them"
+        )
+    if 0 < config.wds_epoch_samples < config.batch_size:
+        raise ConfigError(
+            f"--wds_epoch_samples is {config.wds_epoch_samples}, which makes no batch of "
+            f"{config.batch_size}; give at least that many"
+        )
+    told = config.max_steps or config.wds_epoch_samples
+    if config.lr_schedule == "cosine" and config.use_webdataset and not told:
+        raise ConfigError(
+            "--lr_schedule cosine needs its last step, which shards do not tell: add --max_steps "
+            "or --wds_epoch_samples"
         )
     if config.weights_only and not start.weights:
         raise ConfigError("--weights_only goes with --resume_ckpt FILE.pt")
@@ -182,6 +200,7 @@ def _check_files(config: TrainConfig) -> None:
     made_later = DEMO_SETTINGS if config.demo else {}
     if config.prompt_file != made_later.get("prompt_file"):
         read_prompts(config)
+    read_skip_words(config)
     if config.image_to_upsample:
         _check_image(Path(config.image_to_upsample).expanduser())
     for name in ("data_dir", "val_data_dir"):

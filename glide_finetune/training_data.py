@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from glide_finetune.config import TrainConfig
+from glide_finetune.config import TrainConfig, read_skip_words
 from glide_finetune.data.dataloading import (
     FolderBatches,
     ShardBatches,
@@ -58,6 +58,7 @@ def make_training_data(
         seed=config.seed,
         num_workers=config.num_workers,
         device=device,
+        epoch_samples=config.wds_epoch_samples,
     )
     return TrainingData(loader, validation, low_res, _describe(config, training, validation))
 
@@ -92,6 +93,7 @@ def _folder(folder: str, config: TrainConfig, options: dict, return_keys: bool) 
 
 
 def _shards(urls: str, config: TrainConfig, options: dict, return_keys: bool) -> ShardStream:
+    min_size = config.wds_min_size
     return glide_wds_loader(
         urls,
         enable_text=config.use_captions,
@@ -100,10 +102,15 @@ def _shards(urls: str, config: TrainConfig, options: dict, return_keys: bool) ->
         base_x=config.side_x,
         base_y=config.side_y,
         uncond_p=config.uncond_p,
+        nsfw_filter=not config.wds_allow_nsfw,
+        ar_lower=config.wds_min_aspect,
+        ar_upper=config.wds_max_aspect,
         # pictures that would have to be enlarged teach blur
-        min_original_width=config.image_width,
-        min_original_height=config.image_height,
+        min_original_width=config.image_width if min_size is None else min_size,
+        min_original_height=config.image_height if min_size is None else min_size,
         enable_upsample=config.train_upsample,
+        similarity_threshold_lower=config.wds_min_similarity,
+        words_to_skip=read_skip_words(config),
         dataset_name=config.wds_dataset_name,
         upscale_factor=config.upscale_factor,
         seed=config.seed,
@@ -132,7 +139,8 @@ def _describe(
 ) -> str:
     size = f"{config.image_width}x{config.image_height}"
     if isinstance(training, ShardStream):
-        text = f"{len(training.shards)} shards of {config.data_dir}, at {size}"
+        epoch = f"{config.wds_epoch_samples} samples" if config.wds_epoch_samples else "one pass"
+        text = f"{len(training.shards)} shards of {config.data_dir}, at {size}, {epoch} an epoch"
     else:
         text = f"{len(training)} images of {config.data_dir}, at {size}"
     if validation is not None and not isinstance(validation, ShardStream):

@@ -1,22 +1,22 @@
 """Images and captions from WebDataset tar shards."""
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.cache import FileCache
 from webdataset.filters import shuffle as shuffle_buffered
-from webdataset.gopen import gopen
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.utils import pytorch_worker_info
 
 from glide_finetune.config import DATASET_NAMES
-from glide_finetune.data.bad_samples import BadSample, DataAccount, Tally
+from glide_finetune.data.bad_samples import BadSample, DataAccount, Tally, describe_counts
 from glide_finetune.data.captions import Tokenizer, decode_caption
 from glide_finetune.data.sample_recipe import SampleRecipe
-from glide_finetune.data.shards import Urls, expand_shards, is_remote
+from glide_finetune.data.shards import Urls, expand_shards, shard_names
 from glide_finetune.data.shared_integer import SharedInteger
+from glide_finetune.data.tar_samples import DamagedShard, TarSample, shard_samples
 from glide_finetune.data.wds_filter import (
     LaionFilter,
     parse_metadata,
@@ -25,7 +25,15 @@ from glide_finetune.data.wds_filter import (
 )
 from glide_finetune.seeds import derived_random
 
+logger = logging.getLogger(__name__)
+
 ALAMY_CAPTION = "caption"  # the field of Alamy's metadata
+# A list of texts in the metadata of any data set: the sample's captions, of which one is drawn each
+# time. They go before a caption of its own, in which line breaks are those of scraped text.
+SEVERAL_CAPTIONS = "captions"
+
+# The user hears of it when the filters have let none of so many first samples pass.
+PATIENCE = 10_000
 
 Rejection = Callable[[Mapping], str | None]
 
@@ -34,16 +42,19 @@ Rejection = Callable[[Mapping], str | None]
 class RawSample:
     """A sample that passed the filters, its image still encoded."""
 
-    key: str  # SHARD/KEY, with the shard's file name
+    key: str  # SHARD/KEY, with the shard's name in `shard_names`
     image: bytes | None
     captions: tuple[str, ...]
+    metadata: bytes  # JSON as it is stored, empty if there is none
+    repeat: int = 0  # further passes over the shards in the same epoch
 
 
 class ShardStream(IterableDataset):
     """The samples of tar shards; `glide_wds_loader` makes it and tells of its settings.
 
     Iterating gives the items of one epoch that could be read, in DataLoader workers each worker's
-    share. What the filters reject and what cannot be read is counted by reason.
+    share, in a distributed run each node's. What the filters reject and what cannot be read is
+    counted by reason.
     """
 
     def __init__(
@@ -65,6 +76,13 @@ class ShardStream(IterableDataset):
     ) -> None:
         super().__init__()
         self.shards = list(shards)
+        self._names = shard_names(self.shards)
+        self.node, self.nodes, *_ = pytorch_worker_info()  # processes that train together
+        if len(self.shards) < self.nodes:
+            raise ValueError(
+                f"{len(self.shards)} shards cannot be divided among {self.nodes} processes that "
+                "train together: use fewer, or make more and smaller shards"
+            )
         self.recipe = recipe
         self.image_key, self.caption_key, self.metadata_key = image_key, caption_key, metadata_key
         self.caption_in_metadata = caption_in_metadata
@@ -81,6 +99,11 @@ class ShardStream(IterableDataset):
     @property
     def epoch(self) -> int:
         return self._epoch.value
+
+    @property
+    def shards_here(self) -> int:
+        """How many of the shards each pass reads in this process of a distributed run."""
+        return len(self.shards[self.node :: self.nodes])
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration gives this epoch: another order, other crops; also in workers."""
@@ -123,63 +146,66 @@ class ShardStream(IterableDataset):
         self._account.end_epoch()
 
     def raw_samples(
-        self, epoch: int, worker: int, workers: int, tally: Tally
+        self, epoch: int, worker: int, workers: int, tally: Tally, repeat: int = 0
     ) -> Iterator[RawSample]:
-        """One worker's share of an epoch, in its order, filtered but not decoded.
+        """One worker's share of a pass over the shards, in its order, filtered but not decoded.
 
-        `tally` takes note of what is left out.
+        `repeat` counts further passes over the same share in an epoch, which have an order and
+        draws of their own. `tally` takes note of what is left out.
         """
         shards = list(self.shards)
         if self.shuffle_buffer:
             derived_random(self.seed, epoch, "shards").shuffle(shards)
-        samples = (
-            raw
-            for shard in shards[worker::workers]
-            for sample in self._read_shard(shard, tally)
-            if (raw := self._select(shard, sample, tally))
-        )
+        share = shards[self.node :: self.nodes][worker::workers]
         if not self.shuffle_buffer:
-            return samples
-        rng = derived_random(self.seed, epoch, "buffer", worker)
-        return shuffle_buffered(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)(samples)
+            return self._wanted(share, repeat, tally)
+        rng = derived_random(self.seed, epoch, "buffer", repeat, self.node, worker)
+        if repeat:
+            rng.shuffle(share)
+        shuffle = shuffle_buffered(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)
+        return shuffle(self._wanted(share, repeat, tally))
 
     def make(self, raw: RawSample, epoch: int, tally: Tally) -> tuple:
-        """The item of a sample; its draws derive from (seed, epoch, key). Raises BadSample."""
+        """The item of a sample; its draws derive from (seed, epoch, repeat, key).
+
+        Raises BadSample.
+        """
         tally.samples += 1
-        rng = derived_random(self.seed, epoch, raw.key)
+        rng = derived_random(self.seed, epoch, raw.repeat, raw.key)
         item = self.recipe.make(raw.image, raw.captions, rng, tally)
         return (*item, raw.key) if self.return_keys else item
 
-    def _read_shard(self, shard: str, tally: Tally) -> Iterator[dict[str, bytes]]:
-        """The members of each sample of a shard by suffix, as raw bytes; nothing is unpickled."""
-        errors = []
+    def _wanted(self, shards: Sequence[str], repeat: int, tally: Tally) -> Iterator[RawSample]:
+        rejected = 0  # until one passes
+        for shard in shards:
+            for sample in self._read_shard(shard, tally):
+                if raw := self._select(shard, sample, repeat, tally):
+                    rejected = PATIENCE
+                    yield raw
+                elif rejected < PATIENCE:
+                    rejected += 1
+                    if rejected == PATIENCE:
+                        counts = describe_counts(tally.filtered)
+                        logger.warning("no sample could be used yet: %s; looking on", counts)
 
-        def broken(error: Exception) -> bool:
-            if not errors:  # one fault may show up several times
-                tally.skip(shard, BadSample(_shard_fault(error), "shard"))
-            errors.append(error)
-            return True  # webdataset then goes on with what can still be read
-
+    def _read_shard(self, shard: str, tally: Tally) -> Iterator[TarSample]:
+        is_empty = True
+        wanted = {self.image_key, self.caption_key, self.metadata_key}
         try:
-            with self._open(shard) as stream:
-                members = tar_file_expander([{"url": shard, "stream": stream}], handler=broken)
-                yield from group_by_keys(members, handler=broken)
-        except Exception as error:  # whatever the network or a pipe's command comes up with
-            broken(error)
+            for sample in shard_samples(shard, wanted, self.cache_path):
+                is_empty = False
+                yield sample
+            if is_empty:
+                raise DamagedShard("it holds no samples")
+        except DamagedShard as error:
+            tally.skip(shard, BadSample(str(error), "shard"))
 
-    def _open(self, shard: str):
-        if not is_remote(shard):
-            return open(shard, "rb")
-        if self.cache_path is not None:
-            return open(FileCache(os.fspath(self.cache_path)).get_file(shard), "rb")
-        return gopen(shard)
-
-    def _select(self, shard: str, sample: dict[str, bytes], tally: Tally) -> RawSample | None:
-        key = f"{os.path.basename(shard)}/{sample['__key__']}"
+    def _select(self, shard: str, sample: TarSample, repeat: int, tally: Tally) -> RawSample | None:
+        key = f"{self._names[shard]}/{sample.key}"
         if key in self._held_back:
             return None
         try:
-            raw, reason = self._filter(key, sample)
+            captions, reason = self._filter(sample)
         except BadSample as error:
             tally.samples += 1
             tally.skip(key, error)
@@ -187,40 +213,61 @@ class ShardStream(IterableDataset):
         if reason:
             tally.filtered[reason] += 1
             return None
-        return raw
+        image = sample.members.get(self.image_key)
+        metadata = sample.members.get(self.metadata_key, b"")
+        return RawSample(key, image, captions, metadata, repeat)
 
-    def _filter(self, key: str, sample: dict[str, bytes]) -> tuple[RawSample | None, str | None]:
-        """The sample, or the reason why it is not wanted. Raises BadSample."""
-        if self.image_key and self.image_key not in sample:
-            return None, f"no .{self.image_key}"
-        metadata = parse_metadata(sample.get(self.metadata_key) or b"{}")
-        captions = ()
+    def _filter(self, sample: TarSample) -> tuple[tuple[str, ...], str | None]:
+        """The captions of a sample, and the reason if it is not wanted. Raises BadSample."""
+        if sample.key.startswith("/") or ".." in sample.key.split("/"):
+            raise BadSample("a name that leads out of the shard", "name")
+        if self.image_key and self.image_key not in sample.members:
+            others = ", ".join(f".{suffix}" for suffix in sample.members)
+            raise BadSample(f"there is no .{self.image_key} among its members {others}")
+        metadata = self._metadata(sample)
+        captions: tuple[str, ...] = ()
         if self.caption_in_metadata or self.caption_key:
-            caption = self._caption(sample, metadata)
-            if not caption:
-                return None, "no caption"
-            if self.skip_words and self.skip_words.search(caption):
-                return None, "word to skip"
-            captions = (caption,)
-        if self.reason_to_reject and (reason := self.reason_to_reject(metadata)):
-            return None, reason
-        return RawSample(key, sample.get(self.image_key), captions), None
+            captions = self._captions(sample, metadata)
+            if not captions:
+                return (), "no caption"
+            if self.skip_words:
+                captions = tuple(text for text in captions if not self.skip_words.search(text))
+            if not captions:
+                return (), "word to skip"
+        return captions, self.reason_to_reject and self.reason_to_reject(metadata)
 
-    def _caption(self, sample: dict[str, bytes], metadata: Mapping) -> str:
-        if self.caption_in_metadata:
-            text = metadata.get(ALAMY_CAPTION) or ""
-            text = text if isinstance(text, str) else ""
+    def _metadata(self, sample: TarSample) -> dict:
+        try:
+            return parse_metadata(sample.members.get(self.metadata_key, b"{}"))
+        except BadSample:
+            if self.reason_to_reject:
+                raise
+            return {}  # nobody would have missed it
+
+    def _captions(self, sample: TarSample, metadata: Mapping) -> tuple[str, ...]:
+        """Empty if there is none. Raises BadSample for what is there, but is no caption."""
+        several = metadata.get(SEVERAL_CAPTIONS)
+        if isinstance(several, list) and several:
+            texts = several
+        elif self.caption_in_metadata:
+            text = metadata.get(ALAMY_CAPTION)
+            texts = [] if text is None else [text]
         else:
-            text = decode_caption(sample.get(self.caption_key, b""))
+            texts = [sample.members[self.caption_key]] if self.caption_key in sample.members else []
         # A caption of scraped data may well hold line breaks; here it is one caption all the same.
-        return " ".join(text.split())
+        captions = tuple(filter(None, (" ".join(_caption(text).split()) for text in texts)))
+        if texts and not captions:
+            raise BadSample("the caption is blank", "caption")
+        return captions
 
 
-def _shard_fault(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    # webdataset puts the stream and the shard into the message or behind it
-    return str(error.args[0] if error.args else error).split(" @ ")[0]
+def _caption(text: object) -> str:
+    """A caption from a member's bytes or from JSON. Raises BadSample."""
+    if isinstance(text, str):
+        text = text.encode(errors="surrogatepass")  # JSON may hold halves of characters
+    if not isinstance(text, bytes):
+        raise BadSample("the caption in the metadata is no text", "caption")
+    return decode_caption(text)
 
 
 def nothing_left(account: DataAccount) -> str:
@@ -228,7 +275,7 @@ def nothing_left(account: DataAccount) -> str:
     left_out = account.describe()
     if not left_out:
         return "the shards hold no samples"
-    return f"no sample of the shards can be used: {left_out}; loosen the filters"
+    return f"no sample of the shards can be used: {left_out}; loosen the filters or mend the data"
 
 
 def glide_wds_loader(
@@ -268,23 +315,26 @@ def glide_wds_loader(
     high_res) from tar shards, shapes and ranges as in `TextImageDataset`.
 
     Args:
-        urls: shards as `expand_shards` takes them: files, folders, globs, brace patterns, URLs.
+        urls: shards as `expand_shards` takes them: files, folders, globs, brace patterns, lists,
+            URLs, `pipe:` commands.
         enable_text: False gives every sample the empty caption and asks for none.
         enable_image: False gives (tokens, mask) alone.
         enable_metadata: False reads no metadata and so filters by none.
         image_key, caption_key, metadata_key: suffixes of a sample's members.
-        cache_path: folder in which remote shards are kept; None reads them anew each time.
+        cache_path: folder in which shards at URLs are kept; None reads them anew each time.
         tokenizer: None means GLIDE's own.
         base_x, base_y: width and height of the base image.
         uncond_p: chance of replacing a caption by the empty one.
-        nsfw_filter: leave out what LAION rates NSFW or LIKELY.
+        nsfw_filter: leave out what LAION rates NSFW or LIKELY, or unsafe by `PUNSAFE_LIMIT`.
         ar_lower, ar_upper: limits of original width / height, included.
         min_original_height, min_original_width: in pixels, included.
         similarity_threshold_lower, similarity_threshold_upper: limits of LAION's similarity,
             included; None for no limit.
         words_to_skip: captions with one of these words or phrases are left out.
         dataset_name: laion filters by its metadata; alamy takes the caption from the metadata and
-            only English ones; generic takes image and caption as they are.
+            only English ones; generic takes image and caption as they are. For each of them, a
+            list of texts named "captions" in the metadata, as the shards of
+            `glide_finetune.prepare` have, is several captions, of which one is drawn each time.
         upscale_factor: of the upsampler's high-res image.
         seed, epoch: what all draws and orders derive from. Every iteration gives the same items
             in the same order until `set_epoch(epoch)` is called on the result; in a loop of your
@@ -295,18 +345,20 @@ def glide_wds_loader(
         return_keys: add "SHARD/KEY" as the last value of each item.
         text_ctx_len: tokens of a caption.
 
-    Shards are divided among DataLoader workers. Samples and shards that cannot be read are skipped
-    with a warning. Raises ValueError for shards that do not exist and bad settings, and while
-    iterating when nothing passes the filters, with counts.
+    Shards are divided among the processes of a distributed run, torch.distributed's or those that
+    RANK and WORLD_SIZE in the environment tell, and their DataLoader workers. Samples and shards
+    that cannot be read are skipped with a warning. A sample without a caption member is filtered; a
+    blank or broken caption cannot be read. Raises ValueError for shards that do not exist or are
+    fewer than the processes, for bad settings, and while iterating when nothing passes the filters,
+    with counts.
     """
     if dataset_name not in DATASET_NAMES:
         known = ", ".join(DATASET_NAMES)
         raise ValueError(f"unknown WebDataset name {dataset_name!r}: choose one of {known}")
     if shuffle_buffer < 0:
         raise ValueError(f"shuffle_buffer must be at least 0, not {shuffle_buffer}")
-    with_metadata = enable_metadata and dataset_name != "generic"
     reason_to_reject: Rejection | None = None
-    if with_metadata and dataset_name == "laion":
+    if enable_metadata and dataset_name == "laion":
         reason_to_reject = LaionFilter(
             nsfw_filter=nsfw_filter,
             ar_lower=ar_lower,
@@ -316,9 +368,9 @@ def glide_wds_loader(
             similarity_threshold_lower=similarity_threshold_lower,
             similarity_threshold_upper=similarity_threshold_upper,
         ).reason_to_reject
-    elif with_metadata:
+    elif enable_metadata and dataset_name == "alamy":
         reason_to_reject = reject_other_languages
-    caption_in_metadata = enable_text and with_metadata and dataset_name == "alamy"
+    caption_in_metadata = enable_text and enable_metadata and dataset_name == "alamy"
     recipe = SampleRecipe(
         side_x=base_x,
         side_y=base_y,
@@ -334,7 +386,7 @@ def glide_wds_loader(
         recipe,
         image_key=image_key.lower() if enable_image else None,
         caption_key=caption_key.lower() if enable_text and not caption_in_metadata else None,
-        metadata_key=metadata_key.lower() if with_metadata else None,
+        metadata_key=metadata_key.lower() if enable_metadata else None,
         caption_in_metadata=caption_in_metadata,
         reason_to_reject=reason_to_reject,
         words_to_skip=words_to_skip,

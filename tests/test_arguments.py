@@ -65,6 +65,13 @@ NEWER_FLAGS = [
     ("lr_schedule", "constant", "cosine", "cosine"),
     ("num_workers", None, "2", 2),
     ("random_hflip", False, "True", True),
+    ("wds_min_size", None, "300", 300),
+    ("wds_min_aspect", 0.5, "0.4", 0.4),
+    ("wds_max_aspect", 2.0, "3", 3.0),
+    ("wds_min_similarity", None, "0.3", 0.3),
+    ("wds_allow_nsfw", False, "True", True),
+    ("wds_skip_words", "", "words.txt", "words.txt"),
+    ("wds_epoch_samples", 0, "1000", 1000),
     ("max_steps", 0, "100", 100),
     ("save_checkpoint_interval", 1000, "50", 50),
     ("keep_checkpoints", 5, "0", 0),
@@ -167,6 +174,11 @@ class TestFlags:
             )
         )
         assert shards.use_webdataset
+
+    def test_shards_tell_the_end_of_a_cosine_schedule_if_epochs_have_a_length(self, tmp_path):
+        (tmp_path / "0.tar").touch()
+        words = "--data_dir 0.tar --use_webdataset --lr_schedule cosine --wds_epoch_samples 100"
+        assert parse_config(words.split()).wds_epoch_samples == 100
 
     def test_the_dropped_captions_default_to_none_for_the_upsampler(self):
         assert parse_config([]).uncond_p == 0.2
@@ -316,7 +328,8 @@ OUT_OF_RANGE = {
     "log_frequency": "-1", "num_workers": "-1", "adam_weight_decay": "-0.1",
     "max_grad_norm": "-1.0", "vlb_weight": "-1.0", "test_guidance_scale": "-1.0",
     "learning_rate": "0", "seed": "-1", "uncond_p": "1.1", "resize_ratio": "0", "ema_rate": "1",
-    "val_fraction": "0.95",
+    "val_fraction": "0.95", "wds_min_size": "-1", "wds_min_aspect": "-0.5",
+    "wds_max_aspect": "-1.0", "wds_min_similarity": "25.0", "wds_epoch_samples": "-1",
 }  # fmt: skip
 
 # what is typed, with {} for a folder of odd files: parts of the answer
@@ -347,6 +360,9 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "--val_data_dir {}/good --val_fraction 0.1": ("--val_data_dir", "--val_fraction"),
     "--data_dir {}/tars --use_webdataset --val_fraction 0.1": ("--val_fraction", "--val_data_dir"),
     "--data_dir {}/tars --use_webdataset --lr_schedule cosine": ("--lr_schedule", "--max_steps"),
+    "--wds_min_aspect 2 --wds_max_aspect 0.5": ("--wds_min_aspect is 2.0", "--wds_max_aspect 0.5"),
+    "--wds_epoch_samples 3 -bs 4": ("--wds_epoch_samples is 3", "no batch of 4"),
+    "--wds_min_similarity nan": ("--wds_min_similarity is nan",),
     "--image_to_upsample {}/good/cat.jpg": ("--image_to_upsample", "--train_upsample"),
     "--weights_only": ("--weights_only", "--resume_ckpt FILE.pt"),
     "--weights_only --resume_ckpt {}/run": ("--weights_only", "--resume_ckpt FILE.pt"),
@@ -367,6 +383,11 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "--prompt_file {}/no.txt": ("--prompt_file", "no.txt"),
     "--prompt_file {}/blank.txt": ("--prompt_file", "blank.txt", "holds no prompt"),
     "--prompt_file {}/binary.txt": ("--prompt_file", "binary.txt", "UTF-8"),
+    "--wds_skip_words {}/no.txt": ("--wds_skip_words", "no.txt", "No such file"),
+    "--wds_skip_words {}/blank.txt": ("--wds_skip_words", "blank.txt", "holds no word"),
+    "--wds_skip_words {}/binary.txt": ("--wds_skip_words", "binary.txt", "UTF-8"),
+    "--data_dir {}/bad.list --use_webdataset": ("--data_dir", "bad.list", "only when typed"),
+    "--data_dir s3://bucket/0.tar --use_webdataset": ("--data_dir", "s3:// is unknown", "pipe:"),
     "--demo --prompt_file {}/no.txt": ("--prompt_file", "no.txt"),
     "--checkpoints_dir {}/blank.txt/runs": ("--checkpoints_dir", "blank.txt is a file"),
     # models
@@ -448,6 +469,7 @@ def odd_files(folder: Path) -> None:
     (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:1000])
     (folder / "blank.txt").write_text(" \n\n")
     (folder / "binary.txt").write_bytes(b"\xff\xfe\xfa")
+    (folder / "bad.list").write_text("pipe:cat 0.tar\n")
     (folder / "run" / "args.json").write_text("{}")
     (folder / "runs" / "0000" / "args.json").write_text("{}")
     for weights, kind in (("runs/0000/glide-ft-0x1", "upsample"), ("base", "base")):
@@ -492,6 +514,8 @@ class TestArgsJson:
         assert settings["data_dir"] == str(tmp_path / "data")
         assert settings["checkpoints_dir"] == str(tmp_path / "home" / "runs")
         assert settings["val_data_dir"] == settings["prompt_file"] == ""
+        words = recorded(complete(TrainConfig(wds_skip_words="words.txt")))["wds_skip_words"]
+        assert words == str(tmp_path / "words.txt")
 
     @pytest.mark.parametrize(
         "shards",

@@ -1,6 +1,5 @@
 """Tar shards: filters, skipping, the split among workers and reproducible batches."""
 
-import gzip
 import io
 import json
 import logging
@@ -12,8 +11,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from glide_finetune import wds_loader
 from glide_finetune.data.dataloading import make_dataloader
-from glide_finetune.data.shards import expand_shards
 from glide_finetune.wds_loader import glide_wds_loader
 from stub_tokenizer import StubTokenizer, caption_of
 
@@ -37,6 +36,8 @@ def write_shard(path, samples: dict[str, dict[str, bytes]]):
     with tarfile.open(path, "w") as tar:
         for key, members in samples.items():
             for suffix, data in members.items():
+                if data is None:
+                    continue
                 info = tarfile.TarInfo(f"{key}.{suffix}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -102,7 +103,7 @@ def test_members_are_found_by_the_keys_given(tmp_path):
     assert keys(stream(shard, **settings)) == ["000"]
     with pytest.raises(ValueError, match="1 similarity"):
         list(stream(shard, similarity_threshold_lower=0.2, **settings))
-    with pytest.raises(ValueError, match=r"no sample of the shards can be used: 1 no \.jpg"):
+    with pytest.raises(ValueError, match="no sample of the shards can be used: 1 unreadable image"):
         list(stream(shard))
 
 
@@ -197,73 +198,137 @@ def test_filters_that_reject_everything_end_with_the_counts(tmp_path):
             list(loader)
 
 
-def bad_samples() -> dict[str, dict[str, bytes]]:
-    return {
-        "empty": {**one(), "jpg": b""},
-        "cut": {**one(), "jpg": jpeg()[:300]},
-        "latin": {**one(), "txt": "h\u00e9".encode("latin-1")},
-        "wide": {**one(), "txt": "words".encode("utf-16")},
-        "json": {**one(), "json": b"{'no': json}"},
-        "list": {**one(), "json": b"[1]"},
-        "blank": one(caption=" \n "),
-        "textless": {"jpg": jpeg(), "json": laion()},
-    }
+# reason in the log, what it is counted as, the sample
+BAD_SAMPLES = {
+    "empty": ("", "image", {**one(), "jpg": b""}),
+    "cut": ("", "image", {**one(), "jpg": jpeg()[:300]}),
+    "imageless": ("no .jpg among its members .txt, .json", "image", {**one(), "jpg": None}),
+    "latin": ("not UTF-8", "caption", {**one(), "txt": "h\u00e9".encode("latin-1")}),
+    "wide": ("not UTF-8", "caption", {**one(), "txt": "words".encode("utf-16")}),
+    "wide-le": ("NUL bytes", "caption", {**one(), "txt": "words".encode("utf-16-le")}),
+    "long": ("longer than", "caption", one(caption="words " * 20_000)),
+    "blank": ("blank", "caption", one(caption=" \n ")),
+    "json": ("not JSON", "metadata", {**one(), "json": b"{'no': json}"}),
+    "zero": ("not JSON", "metadata", {**one(), "json": b""}),
+    "list": ("no JSON object", "metadata", {**one(), "json": b"[1]"}),
+    "../out": ("leads out of the shard", "name", one()),
+    "/etc/root": ("leads out of the shard", "name", one()),
+    "a/../../b": ("leads out of the shard", "name", one()),
+}  # fmt: skip
 
 
-def test_bad_samples_are_skipped_with_a_warning_and_counted(tmp_path, caplog):
-    good = {f"good{i}": one(i) for i in range(6)}
-    samples = {"first": one(), **bad_samples(), **good}
+def test_bad_samples_are_skipped_named_once_and_counted(tmp_path, caplog):
+    samples = {f"good{i:02}": one(i) for i in range(20)}
+    samples |= {key: members for key, (*_, members) in BAD_SAMPLES.items()}
+    samples |= {"textless": {"jpg": jpeg(), "json": laion()}, "small": one(original_width=5)}
     data = stream(write_shard(tmp_path / "s.tar", samples))
     with caplog.at_level(logging.WARNING):
-        assert sorted(keys(data)) == ["first", *good]
-    for name in ("empty", "cut", "latin", "wide", "json", "list"):
-        assert f"skipped s.tar/{name}: " in caplog.text
-    assert (
-        "left out 2 no caption, 2 unreadable captions, 2 unreadable images, 2 unreadable metadata"
-        in caplog.text
-    )
+        for _ in range(2):
+            assert sorted(keys(data)) == [f"good{i:02}" for i in range(20)]
+    for key, (reason, *_) in BAD_SAMPLES.items():
+        (line,) = [text for text in caplog.messages if text.startswith(f"skipped s.tar/{key}: ")]
+        assert reason in line
+    kinds = [kind for _, kind, _ in BAD_SAMPLES.values()]
+    counts = {"unreadable images": "image", "unreadable captions": "caption",
+              "unreadable metadata": "metadata", "unusable names": "name"}  # fmt: skip
+    summary = caplog.messages[-1]
+    for words, kind in counts.items():
+        assert f"{kinds.count(kind)} {words}" in summary
+    assert "1 no caption" in summary
+    assert "1 too small" in summary
+    assert list(tmp_path.iterdir()) == [tmp_path / "s.tar"]
 
 
 def test_broken_shards_are_skipped_and_what_is_whole_in_them_is_read(tmp_path, caplog):
-    for name in "abcd":
+    for name in "abcde":
         write_shard(tmp_path / f"{name}.tar", {f"{name}{i:02}": one(i) for i in range(20)})
     with tarfile.open(tmp_path / "a.tar") as tar:
         cut = tar.getmember("a10.jpg").offset_data + 100
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:cut])
     (tmp_path / "b.tar").write_bytes(b"")
     (tmp_path / "c.tar").write_bytes(b"this is no tar file at all" * 100)
-    data = stream(tmp_path)
+    write_shard(tmp_path / "f.tar", {})
+    data = stream([tmp_path, "pipe:exit 3"])
+    (tmp_path / "e.tar").unlink()
     with caplog.at_level(logging.WARNING):
         got = sorted(keys(data))
-    assert got[-20:] == [f"d{i:02}" for i in range(20)]
-    assert got[:-20] == [f"a{i:02}" for i in range(10)]
-    reasons = {"a": "unexpected end of data", "b": "empty file", "c": "invalid header"}
-    for name, reason in reasons.items():
-        assert f"{name}.tar: {reason}\n" in caplog.text
-    assert "left out 3 damaged shards" in caplog.text
+    assert got == [f"a{i:02}" for i in range(10)] + [f"d{i:02}" for i in range(20)]
+    reasons = {
+        f"{tmp_path}/a.tar": "unexpected end of data", f"{tmp_path}/b.tar": "empty file",
+        f"{tmp_path}/c.tar": "invalid header", f"{tmp_path}/e.tar": "No such file or directory",
+        f"{tmp_path}/f.tar": "it holds no samples",
+        "pipe:exit 3": "the command ended with status 3",
+    }  # fmt: skip
+    for shard, reason in reasons.items():
+        assert f"skipped {shard}: {reason}" in caplog.messages
+    assert "left out 6 damaged shards" in caplog.text
 
 
-def test_pipe_commands_are_read_and_failing_ones_skipped(tmp_path, caplog):
-    shard = write_shard(tmp_path / "s.tar", {"000": one()})
-    data = stream([f"pipe:cat {shard}", "pipe:exit 3", f"pipe:cat {shard}; exit 3"])
+def test_what_only_a_filter_could_miss_is_not_missed_in_a_cut_sample(tmp_path):
+    """The metadata that would reject the last sample lies behind the cut."""
+    shard = write_shard(tmp_path / "s.tar", {"a": one(), "b": one(1), "c": one(NSFW="NSFW")})
+    with tarfile.open(shard) as tar:
+        cut = tar.getmember("c.json").offset
+    shard.write_bytes(shard.read_bytes()[:cut])
+    assert keys(stream(shard, shuffle_buffer=0)) == ["a", "b"]
+
+
+def test_shards_of_the_same_name_in_two_folders_stay_apart(tmp_path):
+    for name in "xy":
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / "0.tar", {"000": one()})
+    data = stream(tmp_path, shuffle_buffer=0)
+    assert [key for *_, key in data] == ["x/0.tar/000", "y/0.tar/000"]
+    assert [key for *_, key in data.without({"y/0.tar/000"})] == ["x/0.tar/000"]
+
+
+def test_captions_listed_in_the_metadata_are_drawn_from(tmp_path):
+    texts = ["first  one", "second\none", " ", "third"]
+    members = {
+        "jpg": jpeg(),
+        "txt": b"not this",
+        "json": laion(captions=texts, lc="en", caption="nor this"),
+    }
+    shard = write_shard(tmp_path / "s.tar", {"000": members})
+    for name in ("laion", "alamy", "generic"):
+        data, drawn = stream(shard, dataset_name=name), set()
+        for epoch in range(20):
+            data.set_epoch(epoch)
+            drawn |= {caption_of(*item[:2]) for item in data}
+        assert drawn == {"first one", "second one", "third"}
+        (fixed,) = data.for_evaluation()
+        assert caption_of(*fixed[:2]) == "first one"
+    (item,) = stream(shard, words_to_skip=["first", "second"])
+    assert caption_of(*item[:2]) == "third"
+    with pytest.raises(ValueError, match="1 word to skip"):
+        list(stream(shard, words_to_skip=["one", "third"]))
+
+
+@pytest.mark.parametrize("captions", [[], "text", None, {}])
+def test_without_a_list_of_captions_the_sample_has_its_own(tmp_path, captions):
+    shard = write_shard(tmp_path / "s.tar", {"000": one(caption="own", captions=captions)})
+    (item,) = stream(shard)
+    assert caption_of(*item[:2]) == "own"
+
+
+@pytest.mark.parametrize("caption", [5, "\ud800", "a\0b", "  ", ["a"], "x" * 70_000])
+def test_a_caption_in_the_metadata_that_is_none_cannot_be_read(tmp_path, caption, caplog):
+    def members(caption):
+        return {"jpg": jpeg(), "json": json.dumps({"lc": "en", "caption": caption}).encode()}
+
+    samples = {"bad": members(caption), "good": members("words"), "third": members("more")}
     with caplog.at_level(logging.WARNING):
-        assert set(keys(data)) == {"000"}
-    assert "skipped pipe:exit 3: " in caplog.text
+        assert kept(tmp_path, samples, dataset_name="alamy") == ["good", "third"]
+    assert "skipped shard.tar/bad: the caption " in caplog.text
 
 
-def test_a_shard_that_vanished_is_skipped(tmp_path, caplog):
-    paths = [write_shard(tmp_path / f"{name}.tar", {name: one()}) for name in "ab"]
-    data = stream(paths)
-    paths[0].unlink()
+def test_the_log_tells_when_the_first_samples_are_all_rejected(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(wds_loader, "PATIENCE", 5)
+    samples = {f"{i:02}": one(original_width=5) for i in range(9)} | {"10": one()}
+    data = stream(write_shard(tmp_path / "s.tar", samples), shuffle_buffer=0)
     with caplog.at_level(logging.WARNING):
-        assert keys(data) == ["b"]
-    assert "a.tar: No such file or directory" in caplog.text
-
-
-def test_compressed_shards_are_read(tmp_path):
-    shard = write_shard(tmp_path / "s.tar", {"000": one()})
-    (tmp_path / "t.tar.gz").write_bytes(gzip.compress(shard.read_bytes()))
-    assert keys(stream(tmp_path / "t.tar.gz")) == ["000"]
+        assert keys(data) == ["10"]
+    assert caplog.messages.count("no sample could be used yet: 5 too small; looking on") == 1
 
 
 def test_nothing_in_a_shard_is_unpickled(tmp_path):
@@ -271,32 +336,6 @@ def test_nothing_in_a_shard_is_unpickled(tmp_path):
     samples = {"000": {**one(), "pyd": evil, "pickle": evil, "pth": evil}}
     assert kept(tmp_path, samples) == ["000"]
     assert not (tmp_path / "owned").exists()
-
-
-def test_shards_are_found_in_every_way_of_naming_them(tmp_path):
-    names = [f"s-{i:04}.tar" for i in range(3)]
-    paths = [str(write_shard(tmp_path / name, {"000": one()})) for name in names]
-    (tmp_path / "README.md").write_text("not a shard")
-    assert expand_shards(paths[1]) == paths[1:2]
-    assert expand_shards([*paths, paths[0]]) == paths
-    assert expand_shards(tmp_path) == paths
-    assert expand_shards(f"{tmp_path}/s-*.tar") == paths
-    assert expand_shards(f"{tmp_path}/s-{{0000..0002}}.tar") == paths
-    assert expand_shards(f"{tmp_path}/s-000{{0,2}}.tar") == [paths[0], paths[2]]
-    assert expand_shards("https://host/{a,b}.tar") == ["https://host/a.tar", "https://host/b.tar"]
-
-
-def test_shards_that_do_not_exist_are_an_error_in_one_line(tmp_path):
-    for urls, message in (
-        (tmp_path / "none.tar", "no shard .*none.tar"),
-        (f"{tmp_path}/s-{{0000..0002}}.tar", "no shard .*s-0000.tar"),
-        (f"{tmp_path}/*.tar", "no shard"),
-        (tmp_path, "no shards in"),
-        ([], "empty"),
-    ):
-        with pytest.raises(ValueError, match=message) as error:
-            stream(urls)
-        assert "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -398,7 +437,7 @@ def test_what_is_skipped_on_resuming_is_not_decoded(shards, monkeypatch):
     monkeypatch.setattr(data, "make", lambda raw, *rest: made.append(raw.key) or make(raw, *rest))
     loader = make_dataloader(data, 4, seed=0, num_workers=0, device="cpu")
     assert len(epoch_batches(loader, 0, start_batch=9)) == 2
-    assert len(made) <= 9
+    assert len(made) <= 9 + 1, "and the first, in case that the last ones are unreadable"
 
 
 def test_a_stream_smaller_than_a_batch_fills_it(tmp_path):
@@ -408,6 +447,132 @@ def test_a_stream_smaller_than_a_batch_fills_it(tmp_path):
         ((_, _, images, batch_keys),) = loader
         assert images.shape[0] == 8
         assert {batch_keys.count(key) for key in set(batch_keys)} == {2, 3}
+
+
+def write_marked(path, marks: str) -> None:
+    """A shard with a sample for each mark; "x" makes an unreadable one."""
+    samples = {f"{path.stem}{i:03}": one(i, f"caption {i}") for i in range(len(marks))}
+    for mark, members in zip(marks, samples.values(), strict=True):
+        if mark == "x":
+            members["jpg"] = b"broken"
+    write_shard(path, samples)
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        ("oooooxxx", "oooooooo", "oooxxxxx"),
+        ("xxxxxxoooo", "oooooooo", "xxxxxxxooxxx"),
+        ("xxxxxxxxx", "oooooooo", "oxxxxxxxxx"),
+        ("xx", "oooooooooo", "xo"),
+    ],
+    ids=["at the end", "at the start", "a whole share", "less than a batch"],
+)
+@pytest.mark.parametrize("num_workers", [0, 3])
+@pytest.mark.parametrize("shuffle_buffer", [0, 100])
+def test_unreadable_samples_anywhere_leave_the_later_batches_in_their_place(
+    tmp_path, marks, num_workers, shuffle_buffer
+):
+    for name, of_shard in zip("abc", marks, strict=True):
+        write_marked(tmp_path / f"{name}.tar", of_shard)
+
+    def new_loader():
+        data = stream(tmp_path, shuffle_buffer=shuffle_buffer)
+        loader = make_dataloader(data, 3, seed=0, num_workers=num_workers, device="cpu")
+        loader._account._trial = 0  # to stop on too many of them is another matter
+        return loader
+
+    whole = epoch_batches(new_loader(), 0)
+    resumed = new_loader()
+    for start_batch in range(1, len(whole) + 1):
+        assert epoch_batches(resumed, 0, start_batch) == whole[start_batch:]
+
+
+def test_processes_that_train_together_share_the_shards(shards, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        data = stream(shards)
+        here = keys(DataLoader(data, batch_size=None, num_workers=2))
+        assert len({key[0] for key in here}) == data.shards_here == 3 - rank
+        found += here
+    assert sorted(found) == EVERY_KEY
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(ValueError, match="5 shards cannot be divided among 6 processes"):
+        stream(shards)
+
+
+def endless(data, samples: int, batch_size: int = 4, num_workers: int = 0):
+    return make_dataloader(
+        data, batch_size, seed=0, num_workers=num_workers, device="cpu", epoch_samples=samples
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_an_epoch_of_so_many_samples_repeats_or_cuts_the_shards(shards, num_workers):
+    for samples, batches in ((10, 2), (16, 4), (135, 33)):
+        loader = endless(stream(shards), samples, num_workers=num_workers)
+        assert len(loader) == batches
+        epochs = [epoch_batches(loader, epoch) for epoch in (0, 1, 0)]
+        assert [len(epoch) for epoch in epochs] == [batches] * 3
+        assert epochs[0] == epochs[2] != epochs[1]
+    seen = [key for _, batch_keys in epochs[0] for key in batch_keys]
+    assert {key.split("/")[1] for key in seen} == set(EVERY_KEY)
+    assert len({images for images, _ in epochs[0]}) == batches, "each pass has draws of its own"
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_an_epoch_of_so_many_samples_resumes_in_the_middle(shards, num_workers):
+    loader = endless(stream(shards), 150, num_workers=num_workers)
+    whole = epoch_batches(loader, 1)
+    resumed = endless(stream(shards), 150, num_workers=num_workers)
+    for start_batch in (1, 8, 20, 36, 37):
+        assert epoch_batches(resumed, 1, start_batch) == whole[start_batch:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_endless_command_makes_epochs_too(shards, num_workers):
+    command = f"pipe:while cat {shards}/s-0.tar; do :; done"
+    once = f"pipe:cat {shards}/s-1.tar"
+    loader = endless(stream([once, command]), 40, num_workers=num_workers)
+    assert len(epoch_batches(loader, 0)) == len(epoch_batches(loader, 1)) == 10
+
+
+def test_processes_that_train_together_have_epochs_of_the_same_length(shards, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert len(epoch_batches(endless(stream(shards), 80), 0)) == 10
+    with pytest.raises(ValueError, match="an epoch of 7 samples makes no batch of 4 in each of 2"):
+        endless(stream(shards), 7)
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_a_worker_without_samples_leaves_the_epoch_to_the_others(tmp_path, num_workers):
+    write_marked(tmp_path / "a.tar", "ooooo")
+    write_marked(tmp_path / "b.tar", "xx")
+    write_shard(tmp_path / "c.tar", {f"{i}": one(original_width=5) for i in range(3)})
+    loader = endless(stream(tmp_path), 40, num_workers=num_workers)
+    whole = epoch_batches(loader, 0)
+    assert len(whole) == 10
+    for start_batch in (1, 4, 9):
+        assert epoch_batches(loader, 0, start_batch) == whole[start_batch:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("samples", [0, 40])
+def test_nothing_to_train_on_is_told_instead_of_waited_for(tmp_path, num_workers, samples):
+    for name in "ab":
+        write_shard(tmp_path / f"{name}.tar", {f"{i}": one(original_width=5) for i in range(3)})
+    loader = endless(stream(tmp_path), samples, num_workers=num_workers)
+    with pytest.raises(ValueError, match=r"no sample of the shards can be used: \d+ too small"):
+        list(loader)
+    for name in "ab":
+        write_marked(tmp_path / f"{name}.tar", "xxx")
+    loader = endless(stream(tmp_path), samples, num_workers=num_workers)
+    with pytest.raises(ValueError, match=r"\d+ unreadable images"):
+        list(loader)
 
 
 def test_an_incomplete_last_batch_is_dropped(shards):

@@ -5,11 +5,12 @@ of workers, for shards with the same number of workers; and also when an epoch i
 middle, where what lies before is not decoded.
 """
 
+import contextlib
 import math
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from glide_finetune.data.bad_samples import BadSample, DataAccount, Tally
 from glide_finetune.data.shared_integer import SharedInteger
 from glide_finetune.loader import TextImageDataset
 from glide_finetune.seeds import derived_seed
-from glide_finetune.wds_loader import ShardStream, nothing_left
+from glide_finetune.wds_loader import RawSample, ShardStream, nothing_left
 
 
 def make_dataloader(
@@ -29,22 +30,25 @@ def make_dataloader(
     seed: int,
     num_workers: int,
     device: torch.device | str,
+    epoch_samples: int = 0,
 ) -> "FolderBatches | ShardBatches":
     """Batches of a dataset: tuples of stacked tensors, and a list of keys last if it gives them.
 
     Call `set_epoch(epoch, start_batch=0)`, then iterate; without a new call the same epoch comes
     again. `device` is where the batches will be used: for CUDA they come in pinned memory.
     `seed` is for the order of folders; a stream of shards has its own. An incomplete last batch is
-    left out.
+    left out. `epoch_samples` is for streams of shards: how many samples make up an epoch, over all
+    processes of a distributed run; 0 for those of one pass.
 
     A folder with fewer samples than a batch gives one batch, in which samples occur again with
-    other crops. Raises ValueError while iterating if no sample can be used.
+    other crops. Raises ValueError for fewer `epoch_samples` than a batch has, and while iterating
+    if no sample can be used.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     pin_memory = torch.device(device).type == "cuda"
     if isinstance(dataset, ShardStream):
-        return ShardBatches(dataset, batch_size, num_workers, pin_memory)
+        return ShardBatches(dataset, batch_size, num_workers, pin_memory, epoch_samples)
     order = _FolderEpoch(len(dataset), batch_size, seed)
     return FolderBatches(dataset, order, num_workers, pin_memory)
 
@@ -198,11 +202,14 @@ class FolderBatches:
 
 
 class _ShardShare(IterableDataset):
-    """What the workers of a stream hold: the batches of a worker's share of an epoch."""
+    """What the workers of a stream hold: the batches of a worker's share of an epoch.
 
-    def __init__(self, stream: ShardStream, batch_size: int) -> None:
+    endless: go through the share again and again.
+    """
+
+    def __init__(self, stream: ShardStream, batch_size: int, endless: bool) -> None:
         super().__init__()
-        self.stream, self.batch_size = stream, batch_size
+        self.stream, self.batch_size, self.endless = stream, batch_size, endless
         self.start_batch = SharedInteger()
 
     def __iter__(self) -> Iterator[_Message]:
@@ -216,16 +223,23 @@ class _ShardShare(IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         skip = max(0, math.ceil((self.start_batch.value - worker) / workers))
         epoch, tally = self.stream.epoch, Tally()
-        raw_samples = self.stream.raw_samples(epoch, worker, workers, tally)
+        raw_samples = self._raw_samples(epoch, worker, workers, tally)
+        stand_in, unconfirmed = None, 0  # batches, until a sample of the share is known to be good
         for n in range(skip):
-            size = sum(1 for _ in islice(raw_samples, self.batch_size))
+            skipped = list(islice(raw_samples, self.batch_size))
             tally.take()  # told before
-            if size == self.batch_size or (size and n == 0):
-                yield _Message(None, Tally())
-            if size < self.batch_size:
+            if stand_in is None:
+                stand_in = self._first_item(skipped, epoch)
+            if len(skipped) == self.batch_size or (skipped and n == 0):
+                unconfirmed += 1
+            if stand_in is not None:
+                yield from [_Message(None, Tally())] * unconfirmed
+                unconfirmed = 0
+            if len(skipped) < self.batch_size:
                 break
         first, batch = skip == 0, []
-        for item in self._items(raw_samples, epoch, tally):
+        gaps = unconfirmed * self.batch_size
+        for item in self._items(raw_samples, epoch, tally, stand_in, gaps):
             batch.append(item)
             if len(batch) == self.batch_size:
                 yield _Message(_collate(batch), tally.take())
@@ -234,15 +248,43 @@ class _ShardShare(IterableDataset):
             yield _Message(_collate(list(islice(cycle(batch), self.batch_size))), tally.take())
         yield _Message(None, tally, is_end=True)
 
-    def _items(self, raw_samples, epoch: int, tally: Tally) -> Iterator[tuple]:
+    def _raw_samples(
+        self, epoch: int, worker: int, workers: int, tally: Tally
+    ) -> Iterator[RawSample]:
+        for repeat in count() if self.endless else (0,):
+            raw = None
+            for raw in self.stream.raw_samples(epoch, worker, workers, tally, repeat):
+                yield raw
+            if raw is None:  # so there will be none in the next pass either
+                return
+
+    def _first_item(self, raw_samples: Sequence[RawSample], epoch: int) -> tuple | None:
+        for raw in raw_samples:
+            with contextlib.suppress(BadSample):
+                return self.stream.make(raw, epoch, Tally())
+        return None
+
+    def _items(
+        self,
+        raw_samples: Iterator[RawSample],
+        epoch: int,
+        tally: Tally,
+        stand_in: tuple | None,
+        gaps: int,
+    ) -> Iterator[tuple]:
         """An item for each sample; the next readable one also stands in for an unreadable one,
-        and the last readable one for those after it.
+        and the first one of the share for those at its end.
 
         Leaving a gap instead would move all that follows, and where an epoch is entered in the
         middle nobody knows which of the samples before were unreadable.
+
+        Args:
+            stand_in: the first readable one, None if it is still to come.
+            gaps: how many are to be stood in for already.
         """
-        gaps, item = 0, None
         for raw in raw_samples:
+            if stand_in is None and raw.repeat:
+                return  # a whole pass has given nothing
             try:
                 item = self.stream.make(raw, epoch, tally)
             except BadSample as error:
@@ -251,12 +293,17 @@ class _ShardShare(IterableDataset):
                 continue
             yield from [item] * (gaps + 1)
             gaps = 0
-        if item is not None:
-            yield from [item] * gaps
+            stand_in = item if stand_in is None else stand_in
+        if stand_in is not None:
+            yield from [stand_in] * gaps
 
 
 class ShardBatches:
-    """The batches of a stream of shards. How many an epoch has is not known, so it has no length.
+    """The batches of a stream of shards.
+
+    An epoch is one pass over the shards, and how many batches it has is not known; with
+    `epoch_samples` it has so many samples, for which each worker goes through its share again and
+    again, and the length is the number of batches.
 
     At most as many workers are started as there are shards. An incomplete batch at the end of a
     worker's share is dropped; if it is the worker's only one, it is filled by repeating its items.
@@ -264,16 +311,32 @@ class ShardBatches:
     """
 
     def __init__(
-        self, stream: ShardStream, batch_size: int, num_workers: int, pin_memory: bool
+        self,
+        stream: ShardStream,
+        batch_size: int,
+        num_workers: int,
+        pin_memory: bool,
+        epoch_samples: int,
     ) -> None:
-        self._share = _ShardShare(stream, batch_size)
-        self._account = DataAccount()
+        self._batches = epoch_samples // (batch_size * stream.nodes)
+        if epoch_samples and not self._batches:
+            raise ValueError(
+                f"an epoch of {epoch_samples} samples makes no batch of {batch_size} in each of "
+                f"{stream.nodes} processes"
+            )
+        self._share = _ShardShare(stream, batch_size, endless=self._batches > 0)
+        self._account = DataAccount(self._batches * batch_size or None)
         self._loader = DataLoader(
             self._share,
             batch_size=None,
             collate_fn=_as_it_is,
-            **loader_settings(min(num_workers, len(stream.shards)), pin_memory),
+            **loader_settings(min(num_workers, stream.shards_here), pin_memory),
         )
+
+    def __len__(self) -> int:
+        if not self._batches:
+            raise TypeError("how many batches the shards make is known only after an epoch")
+        return self._batches
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         self._share.stream.set_epoch(epoch)
@@ -288,6 +351,8 @@ class ShardBatches:
             if place >= start_batch and message.batch is not None:
                 yield _received(message)
             place += 1
+            if place == self._batches:
+                break
         if place == 0:
             raise ValueError(nothing_left(self._account))
         self._account.end_epoch()
