@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from glide_finetune.data.bad_samples import BadSample
 from glide_finetune.data.images import (
@@ -461,6 +461,22 @@ def test_crops_of_a_prepared_image_are_those_of_the_image(width, height, target)
         assert psnr(read_crop(prepared, target, 0.8, random.Random(seed)), want) > 35
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_what_decoding_rounds_neither_moves_nor_stretches_an_image(orientation):
+    x, y = np.arange(8 * 250 + 1), np.arange(8 * 125 + 1)[:, None]
+    waves = 127 + 60 * np.sin(x / 19.0) + 60 * np.sin(y / 19.0)
+    stored = Image.fromarray(waves.astype(np.uint8)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(stored, "JPEG", quality=95, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    prepared, _ = read_prepared(data, (16, 16), 1.0)
+    assert psnr(prepared, upright.resize(prepared.size, Image.Resampling.LANCZOS)) > 40
+    box = crop_box(upright.size, (32, 32), 0.5, random.Random(0))
+    crop = read_crop(data, (32, 32), 0.5, random.Random(0))
+    assert psnr(crop, upright.resize(crop.size, Image.Resampling.BICUBIC, box=box)) > 40
+
+
 @pytest.mark.parametrize("ratio", [0.1, 0.8, 1.0])
 def test_a_prepared_image_is_as_small_as_its_smallest_windows_allow(ratio):
     for size in ((4000, 3000), (3000, 4001), (1999, 300), (150, 100), (20, 10)):
@@ -468,10 +484,10 @@ def test_a_prepared_image_is_as_small_as_its_smallest_windows_allow(ratio):
         assert width <= size[0]
         assert height <= size[1]
         smallest = min(width, height) * ratio**0.5
-        if smallest < 64 * 1.25:
+        if smallest < 64 * 1.4:
             assert (width, height) == size
         elif (width, height) != size:
-            assert smallest < 64 * 1.25 * 1.15
+            assert smallest < 64 * 1.4 * 1.15
             assert width / size[0] == pytest.approx(height / size[1], rel=0.005)
 
 
