@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -24,6 +25,8 @@ _MAX_HEADER_BYTES = 2**20  # of names and attributes that tars keep in members o
 
 _RETRIES = Retry(3, backoff_factor=0.1, status_forcelist=(429, 500, 502, 503, 504))
 _TIMEOUT_SECONDS = 60
+# Of connections that fail it tells each retry, at length; what came of them, DamagedShard tells.
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 _ENDED_AS_NOBODY_READ_ON = (-13, 128 + 13)  # SIGPIPE, of a command itself and of a shell's
 
 
