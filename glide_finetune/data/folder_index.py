@@ -13,7 +13,7 @@ from pathlib import Path
 from glide_finetune.data.bad_samples import KINDS, BadSample, Skipped, describe_counts
 from glide_finetune.data.captions import read_captions
 from glide_finetune.data.metadata_files import METADATA_NAMES, MetadataCaptions, MetadataFile, Row
-from glide_finetune.data.path_list import PathList
+from glide_finetune.data.path_list import PathFinder, PathList
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +64,9 @@ class FolderIndex:
         A caption file beside the image is more specific than metadata and counts alone. Raises
         BadSample if they cannot be read.
         """
-        path = self.images[image]
         if caption_file := self._caption_file(image):
             return read_captions(self.folder / caption_file)
-        return self._metadata.read(image, path)
+        return self._metadata.read(image, self.images[image])
 
     def subset(self, images: Iterable[int]) -> "FolderIndex":
         """The same of the images at these places only."""
@@ -102,25 +101,25 @@ class FolderIndex:
         suffix = self._caption_suffixes[self._caption_files[image]]
         return os.path.splitext(self.images[image])[0] + suffix if suffix else None
 
-    def _add_metadata(self, name: str) -> None:
-        """Take in the rows of a metadata file."""
-        try:
-            file = MetadataFile(self.folder, name)
-            image = -1
-            for line, offset, row in file.rows():
-                if isinstance(row, BadSample):
-                    self.left_out.add(f"{file.path} line {line}", "metadata", str(row))
-                    continue
-                found = self.images.find(row.image, guess=image + 1)  # rows are often sorted
-                if found is None:
-                    reason = f"there is no image {row.image}"
-                    self.left_out.add(f"{file.path} line {line}", "metadata", reason)
-                    continue
-                image = found
-                if not self._caption_files[image]:
-                    self._metadata.add(image, file, offset)
-        except BadSample as error:
-            self.left_out.add(str(self.folder / name), "metadata", str(error))
+    def _add_metadata(self, names: list[str]) -> None:
+        """Take in the rows of metadata files."""
+        finder = PathFinder(self.images)
+        for name in names:
+            try:
+                self._add_rows(MetadataFile(self.folder, name), finder)
+            except BadSample as error:
+                self.left_out.add(str(self.folder / name), "metadata", str(error))
+
+    def _add_rows(self, file: MetadataFile, finder: PathFinder) -> None:
+        for line, offset, row in file.rows():
+            if isinstance(row, BadSample):
+                reason, image = str(row), None
+            else:
+                reason, image = f"there is no image {row.image}", finder.find(row.image)
+            if image is None:
+                self.left_out.add(f"{file.path} line {line}", "metadata", reason)
+            elif not self._caption_files[image]:
+                self._metadata.add(image, file, offset)
 
     def _with_captions(self) -> "FolderIndex":
         """Those images that have any."""
@@ -159,8 +158,8 @@ def index_folder(folder: str | os.PathLike, use_captions: bool) -> FolderIndex:
         _metadata=MetadataCaptions(len(images)),
     )
     if use_captions:
-        for name in sorted(metadata_files):
-            index._add_metadata(name)
+        if metadata_files:
+            index._add_metadata(sorted(metadata_files))
         index = index._with_captions()
     if left_out.counts.total() > MAX_NAMED:
         counts = {KINDS[kind]: count for kind, count in left_out.counts.items()}
@@ -178,7 +177,10 @@ def index_folder(folder: str | os.PathLike, use_captions: bool) -> FolderIndex:
 
 
 def check_folder(folder: str | os.PathLike, use_captions: bool) -> None:
-    """Raise the ValueError that `index_folder` would; stops at the first image that is usable."""
+    """Raise the ValueError that `index_folder` would; stops at the first image that is usable.
+
+    Nothing is logged, as `index_folder` will do that.
+    """
     root = _existing(folder)
     images, seen, waiting = 0, set(), [""]
     while waiting:
