@@ -118,7 +118,9 @@ def _as_precision(settings: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Of a command line with so many flags that a mistake is told in one line."""
+
     def error(self, message: str) -> NoReturn:
         """Leave with one line, without the usage, which would fill the screen."""
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
@@ -129,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     What it returns has only the flags that are given.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="train_glide.py",
         usage="train_glide.py [--demo | --data_dir DIR] [flags]",
         description="Fine-tune GLIDE on your own pictures and captions.",
@@ -143,11 +145,12 @@ def build_parser() -> argparse.ArgumentParser:
         title = field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        _add_flag(groups[title], field)
+        add_flag(groups[title], field)
     return parser
 
 
-def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+def add_flag(group: argparse._ActionsContainer, field: dataclasses.Field) -> None:
+    """Add the flag of a field of `TrainConfig` to a parser or a group of it."""
     name, short, extra = f"--{field.name}", field.metadata["short"], field.metadata["extra"]
     spellings = (name, short) if short and short != name else (name,)
     text = field.metadata["help"]

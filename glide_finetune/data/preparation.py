@@ -1,0 +1,396 @@
+"""From a data set of any kind to shards at training size; `glide_finetune.prepare` is its command.
+
+The output folder holds, beside the shards, `prepare.json`, which tells what they were made from and
+how, and for each shard a file of what was left out on the way to it and where the next one begins.
+That one is written after the shard, so a shard without it, left by a killed process, is made again.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from webdataset.writer import TarWriter
+
+from glide_finetune.atomic_files import (
+    TEMPORARY_SUFFIX,
+    atomic_file,
+    read_json,
+    remove_temporary,
+    write_json_atomic,
+)
+from glide_finetune.config import ConfigError, TrainConfig
+from glide_finetune.data.bad_samples import KINDS, BadSample, DataAccount, Tally, describe_counts
+from glide_finetune.data.dataloading import loader_settings
+from glide_finetune.data.folder_index import index_folder
+from glide_finetune.data.images import ImageSource, read_prepared
+from glide_finetune.data.shards import is_remote
+from glide_finetune.data.wds_filter import parse_metadata
+from glide_finetune.wds_loader import SEVERAL_CAPTIONS, RawSample, ShardStream, glide_wds_loader
+
+logger = logging.getLogger(__name__)
+
+RECORD_NAME = "prepare.json"
+# Without chroma subsampling, which would cost more than all else here: 7 dB.
+JPEG = {"quality": 92, "subsampling": 0, "comment": ""}
+SAMPLES_A_MESSAGE = 8  # to and from workers
+
+
+class Sample(NamedTuple):
+    """One of the source, its image still encoded."""
+
+    name: str
+    image: ImageSource
+    captions: Sequence[str]
+    metadata: dict[str, Any]
+
+
+class Task(NamedTuple):
+    """A sample to prepare, as it travels to a worker."""
+
+    what: Any  # for `load` of the source
+    after: list[int]  # where the source goes on behind it
+    tally: Tally  # what came up since the task before
+
+
+class Prepared(NamedTuple):
+    """What comes back for a task: the members of a sample, None if it could not be read."""
+
+    members: dict[str, bytes] | None
+    after: list[int]
+    tally: Tally
+
+
+class FolderSource:
+    """The samples of a local folder, by path."""
+
+    def __init__(self, folder: str, use_captions: bool) -> None:
+        self.index = index_folder(folder, use_captions)
+        self.samples: int | None = len(self.index.images)
+        self.identity = _digest(self.index.images)
+        # What has not even a number among the samples.
+        counts = self.index.left_out.counts
+        self.left_out = Counter({KINDS[kind]: count for kind, count in counts.items()})
+        self.left_out["without a caption"] = self.index.without_caption
+
+    def tasks(self, start: Sequence[int], rest: Tally) -> Iterator[Task]:
+        """Those behind `start`, which is empty or the `after` of a task.
+
+        `rest` takes note of what comes up behind the last one.
+        """
+        for image in range(*start or (0,), self.samples):
+            yield Task(image, [image + 1], Tally())
+
+    def load(self, image: int) -> Sample:
+        """Raises BadSample."""
+        key = self.index.images[image]
+        return Sample(key, self.index.folder / key, self.index.read_captions(image), {})
+
+    def name(self, image: int) -> str:
+        return str(self.index.folder / self.index.images[image])
+
+
+class ShardSource:
+    """The samples of tar shards, in stored order and unfiltered."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.samples: int | None = None  # how many is not known
+        self.left_out: Counter[str] = Counter()
+        self.stream: ShardStream = glide_wds_loader(
+            config.data_dir,
+            enable_text=config.use_captions,
+            image_key=config.wds_image_key,
+            caption_key=config.wds_caption_key,
+            dataset_name=config.wds_dataset_name,
+            nsfw_filter=False,
+            ar_lower=0,
+            ar_upper=math.inf,
+            min_original_width=0,
+            min_original_height=0,
+        ).for_evaluation()
+        self.identity = _digest(self.stream.shards)
+
+    def tasks(self, start: Sequence[int], rest: Tally) -> Iterator[Task]:
+        first, done = start or (0, 0)
+        for place, shard in enumerate(self.stream.shards[first:], start=first):
+            one = copy(self.stream)
+            one.shards = [shard]
+            for number, raw in enumerate(one.raw_samples(0, 0, 1, rest), start=1):
+                tally = rest.take()
+                if place > first or number > done:
+                    yield Task(raw, [place, number], tally)
+
+    def load(self, raw: RawSample) -> Sample:
+        try:
+            metadata = parse_metadata(raw.metadata)
+        except BadSample:  # none, or nobody would have missed it
+            metadata = {}
+        return Sample(raw.key, raw.image, raw.captions, metadata)
+
+    def name(self, raw: RawSample) -> str:
+        return raw.key
+
+
+Source = FolderSource | ShardSource
+
+
+def _digest(names: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(os.fsencode(name) + b"\0")
+    return digest.hexdigest()
+
+
+def prepare(
+    config: TrainConfig, output_dir: str | os.PathLike, *, shard_size: int, num_workers: int
+) -> None:
+    """Write the data that `config` names, at the size it asks for, as shards into a folder.
+
+    What is in the folder already from an earlier call with the same settings is not made again.
+    The shards are the same for any number of workers.
+
+    Raises:
+        ValueError: the folder is no place for them, the source has changed, or nothing is usable.
+    """
+    out = Path(output_dir).expanduser()
+    _refuse_foreign(out, config)
+    source: Source
+    if config.use_webdataset:
+        source = ShardSource(config)
+    else:
+        source = FolderSource(config.data_dir, config.use_captions)
+    _begin_or_go_on(out, _record(config, shard_size) | {"source": source.identity})
+    shards = _Shards(out, shard_size)
+    account = DataAccount(source.samples)
+    with tqdm(
+        desc="preparing", total=source.samples, initial=shards.samples, unit="sample", disable=None
+    ) as bar:
+        rest = Tally()
+        for prepared in _prepared(source, config, shards.after, num_workers, rest):
+            account.add(prepared.tally)
+            shards.add(prepared)
+            bar.update()
+        account.add(rest)
+        shards.close(rest)
+    _report(out, shards, source, " --train_upsample" * config.train_upsample)
+
+
+def _prepared(
+    source: Source, config: TrainConfig, start: Sequence[int], num_workers: int, rest: Tally
+) -> Iterator[Prepared]:
+    """All samples behind `start`, in order, made in several processes."""
+    loader = DataLoader(
+        _Worker(source, (config.image_width, config.image_height), config.resize_ratio),
+        batch_sampler=_Messages(source, start, rest),
+        collate_fn=list,
+        **loader_settings(num_workers, pin_memory=False),
+    )
+    for message in loader:
+        yield from message
+
+
+@dataclass
+class _Messages:
+    """Lists of tasks, as a DataLoader sends them to its workers."""
+
+    source: Source
+    start: Sequence[int]
+    rest: Tally
+
+    def __iter__(self) -> Iterator[list[Task]]:
+        tasks: list[Task] = []
+        for task in self.source.tasks(self.start, self.rest):
+            tasks.append(task)
+            if len(tasks) == SAMPLES_A_MESSAGE:
+                yield tasks
+                tasks = []
+        if tasks:
+            yield tasks
+
+
+@dataclass
+class _Worker(Dataset):
+    """What the workers hold: a task in, members out."""
+
+    source: Source
+    size: tuple[int, int]
+    resize_ratio: float
+
+    def __getitem__(self, task: Task) -> Prepared:
+        task.tally.samples += 1
+        try:
+            members = self._members(self.source.load(task.what))
+        except BadSample as error:
+            task.tally.skip(self.source.name(task.what), error)
+            members = None
+        return Prepared(members, task.after, task.tally)
+
+    def _members(self, sample: Sample) -> dict[str, bytes]:
+        image, (width, height) = read_prepared(sample.image, self.size, self.resize_ratio)
+        encoded = io.BytesIO()
+        image.save(encoded, "JPEG", **JPEG)
+        metadata = dict(sample.metadata)
+        # Where the source tells of a size before its own, filters go by that one.
+        for name, side in (("original_width", width), ("original_height", height)):
+            if metadata.get(name) is None:
+                metadata[name] = side
+        metadata |= {"width": image.width, "height": image.height, "prepared_from": sample.name}
+        members = {"jpg": encoded.getvalue()}
+        if sample.captions:
+            metadata[SEVERAL_CAPTIONS] = list(sample.captions)
+            members["txt"] = "\n".join(sample.captions).encode()
+        return members | {"json": json.dumps(metadata).encode()}
+
+
+class _Shards:
+    """The shards of the output folder, those of earlier starts included.
+
+    samples: of the source that are behind us. written: those of them that are in shards.
+    after: where the source goes on. left_out: how many of each kind are not in shards.
+    """
+
+    def __init__(self, out: Path, shard_size: int) -> None:
+        self.out, self.shard_size = out, shard_size
+        self.samples = self.written = self.number = 0
+        self.after: list[int] = []
+        self.left_out: Counter[str] = Counter()
+        self._members: list[dict[str, bytes]] = []
+        self._tally = Tally()
+        for self.number in count():
+            path = self._stats_path()
+            if not path.exists():
+                break
+            self._count(read_json(path))
+
+    def _stats_path(self) -> Path:
+        return self.out / f"{self.number:05}_stats.json"
+
+    def _count(self, stats: dict[str, Any]) -> None:
+        self.samples += stats["samples"]
+        self.written += stats["written"]
+        self.after = stats["after"]
+        self.left_out += Counter(stats["left_out"])
+
+    def add(self, prepared: Prepared) -> None:
+        """Take in the next sample, and write a shard if it is the last of one."""
+        self.after = prepared.after
+        self._note(prepared.tally)
+        if prepared.members:
+            self._members.append(prepared.members)
+        if len(self._members) == self.shard_size:
+            self._write()
+
+    def close(self, rest: Tally) -> None:
+        """Write what is left, with what came up behind the last sample."""
+        self._note(rest)
+        if self._members or self._tally != Tally():
+            self._write()
+
+    def _note(self, tally: Tally) -> None:
+        self._tally.samples += tally.samples
+        self._tally.skipped += tally.skipped
+        self._tally.filtered += tally.filtered
+
+    def _write(self) -> None:
+        if self._members:
+            path = self.out / f"{self.number:05}.tar"
+            with (
+                atomic_file(path) as file,
+                TarWriter(file, encoder=False, user="", group="", mode=0o644, mtime=0) as tar,
+            ):
+                for number, members in enumerate(self._members, start=self.written):
+                    tar.write({"__key__": f"{number:09}", **members})
+        kinds = Counter(KINDS.get(skipped.kind, skipped.kind) for skipped in self._tally.skipped)
+        stats = {
+            "samples": self._tally.samples,
+            "written": len(self._members),
+            "left_out": kinds + self._tally.filtered,
+            "skipped": [skipped._asdict() for skipped in self._tally.skipped],
+            "after": self.after,
+        }
+        write_json_atomic(self._stats_path(), stats)
+        self._count(stats)
+        self.number += 1
+        self._members, self._tally = [], Tally()
+
+
+def _record(config: TrainConfig, shard_size: int) -> dict[str, Any]:
+    """What decides the content of the shards."""
+    data_dir = config.data_dir
+    if not is_remote(data_dir) and not data_dir.startswith("{"):
+        data_dir = str(Path(data_dir).expanduser().absolute())
+    return {
+        "data_dir": data_dir,
+        "use_captions": config.use_captions,
+        "use_webdataset": config.use_webdataset,
+        "wds_image_key": config.wds_image_key,
+        "wds_caption_key": config.wds_caption_key,
+        "wds_dataset_name": config.wds_dataset_name,
+        "side_x": config.side_x,
+        "side_y": config.side_y,
+        "train_upsample": config.train_upsample,
+        "upscale_factor": config.upscale_factor,
+        "resize_ratio": config.resize_ratio,
+        "shard_size": shard_size,
+    }
+
+
+def _refuse_foreign(out: Path, config: TrainConfig) -> None:
+    """Raise ConfigError for a folder that is not ours to write into."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--output_dir: {out} is a file, not a folder")
+    begun = RECORD_NAME, RECORD_NAME + TEMPORARY_SUFFIX
+    if out.exists() and not (out / RECORD_NAME).exists():
+        foreign = next((path for path in out.iterdir() if path.name not in begun), None)
+        if foreign:
+            raise ConfigError(
+                f"--output_dir: {out} holds other things, such as {foreign.name}; give a new folder"
+            )
+    data_dir = Path(config.data_dir).expanduser()
+    if data_dir.is_dir() and out.resolve().is_relative_to(data_dir.resolve()):
+        raise ConfigError(f"--output_dir: {out} lies in --data_dir {data_dir}; give another folder")
+
+
+def _begin_or_go_on(out: Path, record: dict[str, Any]) -> None:
+    """Put the record into a new folder, or hold it against the one that is there."""
+    path = out / RECORD_NAME
+    if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, record)
+        return
+    earlier = read_json(path)
+    for name, value in record.items():
+        if earlier.get(name) == value:
+            continue
+        if name == "source":
+            raise ValueError(
+                f"{record['data_dir']} has other files than when {out} was begun; give a new "
+                "--output_dir"
+            )
+        raise ConfigError(
+            f"--{name} is {value}, but {out} was begun with {earlier.get(name)}; give that again "
+            "or a new --output_dir"
+        )
+    remove_temporary(out)
+
+
+def _report(out: Path, shards: _Shards, source: Source, flags: str) -> None:
+    left_out = describe_counts(shards.left_out + source.left_out) or "nothing"
+    if not shards.written:
+        for path in out.glob("*_stats.json"):  # so that the next start looks again
+            path.unlink()
+        raise ValueError(f"no sample can be used; left out: {left_out}")
+    logger.info("%d samples in %s; left out: %s", shards.written, out, left_out)
+    hint = "train on them with --data_dir %s --use_webdataset --wds_dataset_name generic%s"
+    logger.info(hint, out, flags)
