@@ -11,7 +11,7 @@ from webdataset.filters import shuffle as shuffle_buffered
 from webdataset.utils import pytorch_worker_info
 
 from glide_finetune.config import DATASET_NAMES
-from glide_finetune.data.bad_samples import BadSample, DataAccount, Tally, describe_counts
+from glide_finetune.data.bad_samples import BadSample, DataAccount, Tally
 from glide_finetune.data.captions import Tokenizer, decode_caption
 from glide_finetune.data.sample_recipe import SampleRecipe
 from glide_finetune.data.shards import Urls, expand_shards, shard_names
@@ -127,17 +127,25 @@ class ShardStream(IterableDataset):
         return smaller
 
     def __iter__(self) -> Iterator[tuple]:
-        epoch, tally, given = self.epoch, Tally(), 0
+        epoch, tally, given, rejected = self.epoch, Tally(), 0, 0
         worker = get_worker_info()
         place = (worker.id, worker.num_workers) if worker else (0, 1)
-        for raw in self.raw_samples(epoch, *place, tally):
+
+        def tell() -> None:
+            nonlocal rejected
+            rejected += 1
+            self._account.add(tally.take())
+            if rejected == PATIENCE and not given:
+                logger.warning("no sample could be used yet: %s", self._account.describe())
+
+        for raw in self.raw_samples(epoch, *place, tally, on_rejection=tell):
             try:
                 item = self.make(raw, epoch, tally)
             except BadSample as error:
                 tally.skip(raw.key, error)
+                tell()
                 continue
-            finally:
-                self._account.add(tally.take())
+            self._account.add(tally.take())
             given += 1
             yield item
         self._account.add(tally)
@@ -146,24 +154,33 @@ class ShardStream(IterableDataset):
         self._account.end_epoch()
 
     def raw_samples(
-        self, epoch: int, worker: int, workers: int, tally: Tally, repeat: int = 0
+        self,
+        epoch: int,
+        worker: int,
+        workers: int,
+        tally: Tally,
+        repeat: int = 0,
+        on_rejection: Callable[[], None] = lambda: None,
     ) -> Iterator[RawSample]:
         """One worker's share of a pass over the shards, in its order, filtered but not decoded.
 
-        `repeat` counts further passes over the same share in an epoch, which have an order and
-        draws of their own. `tally` takes note of what is left out.
+        Args:
+            repeat: counts further passes over the same share in an epoch, which have an order and
+                draws of their own.
+            tally: takes note of what is left out.
+            on_rejection: called for each sample that is left out.
         """
         shards = list(self.shards)
         if self.shuffle_buffer:
             derived_random(self.seed, epoch, "shards").shuffle(shards)
         share = shards[self.node :: self.nodes][worker::workers]
         if not self.shuffle_buffer:
-            return self._wanted(share, repeat, tally)
+            return self._wanted(share, repeat, tally, on_rejection)
         rng = derived_random(self.seed, epoch, "buffer", repeat, self.node, worker)
         if repeat:
             rng.shuffle(share)
         shuffle = shuffle_buffered(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)
-        return shuffle(self._wanted(share, repeat, tally))
+        return shuffle(self._wanted(share, repeat, tally, on_rejection))
 
     def make(self, raw: RawSample, epoch: int, tally: Tally) -> tuple:
         """The item of a sample; its draws derive from (seed, epoch, repeat, key).
@@ -175,18 +192,19 @@ class ShardStream(IterableDataset):
         item = self.recipe.make(raw.image, raw.captions, rng, tally)
         return (*item, raw.key) if self.return_keys else item
 
-    def _wanted(self, shards: Sequence[str], repeat: int, tally: Tally) -> Iterator[RawSample]:
-        rejected = 0  # until one passes
+    def _wanted(
+        self,
+        shards: Sequence[str],
+        repeat: int,
+        tally: Tally,
+        on_rejection: Callable[[], None],
+    ) -> Iterator[RawSample]:
         for shard in shards:
             for sample in self._read_shard(shard, tally):
                 if raw := self._select(shard, sample, repeat, tally):
-                    rejected = PATIENCE
                     yield raw
-                elif rejected < PATIENCE:
-                    rejected += 1
-                    if rejected == PATIENCE:
-                        counts = describe_counts(tally.filtered)
-                        logger.warning("no sample could be used yet: %s; looking on", counts)
+                else:
+                    on_rejection()
 
     def _read_shard(self, shard: str, tally: Tally) -> Iterator[TarSample]:
         is_empty = True
