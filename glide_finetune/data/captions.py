@@ -72,12 +72,14 @@ def caption_tensors(
 
     "" is the empty caption of classifier-free guidance, all end tokens with the mask all False.
     """
-    import torch  # here, as settings are checked without it
+    import numpy as np  # here, as settings are checked without them
+    import torch
 
     encoded = tokenizer.encode(caption)
     tokens, mask = tokenizer.padded_tokens_and_mask(encoded[:text_ctx], text_ctx)
+    # By way of numpy, which reads lists several times as fast.
     return (
-        torch.tensor(tokens, dtype=torch.int64),
-        torch.tensor(mask, dtype=torch.bool),
+        torch.from_numpy(np.array(tokens, dtype=np.int64)),
+        torch.from_numpy(np.array(mask, dtype=np.bool_)),
         len(encoded) > text_ctx,
     )

@@ -65,7 +65,7 @@ class FolderIndex:
         BadSample if they cannot be read.
         """
         if caption_file := self._caption_file(image):
-            return read_captions(self.folder / caption_file)
+            return read_captions(os.path.join(self.folder, caption_file))
         return self._metadata.read(image, self.images[image])
 
     def subset(self, images: Iterable[int]) -> "FolderIndex":

@@ -108,9 +108,10 @@ def read_crop(
     """
     with _opened(source) as image:
         # The window is chosen before a pixel is decoded, so that JPEGs can be decoded small.
-        upright = _upright_size(image)
+        turn = _turn(image)
+        upright = _upright_size(image.size, turn)
         _refuse_sliver(upright, size)
-        return _cut(image, crop_box(upright, size, resize_ratio, rng), size, DRAFT_GAP)
+        return _cut(image, turn, crop_box(upright, size, resize_ratio, rng), size, DRAFT_GAP)
 
 
 def read_prepared(
@@ -121,18 +122,21 @@ def read_prepared(
     Raises BadSample as `read_crop` does for the same `size` and `resize_ratio`.
     """
     with _opened(source) as image:
-        upright = _upright_size(image)
+        turn = _turn(image)
+        upright = _upright_size(image.size, turn)
         _refuse_sliver(upright, size)
         prepared = prepared_size(upright, size, resize_ratio)
         # Made once and used often, and to be resampled again, so with more care than a crop.
+        whole = 0, 0, *upright
         resampling = Image.Resampling.LANCZOS
-        return _cut(image, (0, 0, *upright), prepared, 2 * DRAFT_GAP, resampling), upright
+        return _cut(image, turn, whole, prepared, 2 * DRAFT_GAP, resampling), upright
 
 
 def upright_size(source: ImageSource) -> tuple[int, int]:
     """(width, height) of an image as it is to be seen. Raises BadSample if that cannot be told."""
     with _opened(source) as image:
-        return _upright_size(image)
+        turn = _turn(image)
+        return _upright_size(image.size, turn)
 
 
 @contextlib.contextmanager
@@ -163,9 +167,8 @@ def _reason(error: Exception) -> str:
 
 
 def _refuse_sliver(image_size: tuple[int, int], target_size: tuple[int, int]) -> None:
-    left, upper, right, lower = crop_box(image_size, target_size)
-    window = right - left, lower - upper
-    if any(side < min(MIN_SIDE, target) for side, target in zip(window, target_size, strict=True)):
+    scale = min(image_size[0] / target_size[0], image_size[1] / target_size[1])
+    if any(scale * target < min(MIN_SIDE, target) for target in target_size):
         raise BadSample(f"too small or narrow ({image_size[0]}x{image_size[1]})")
 
 
@@ -186,6 +189,7 @@ SIDEWAYS = (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What to do with the stored pixels; after this the image's size is that of these."""
     if image.format in ("PNG", "TIFF"):
         # EXIF may come after the pixels; and TIFFs Pillow turns itself, in some versions only now.
         image.load()
@@ -195,12 +199,13 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    return image.size[::-1] if _turn(image) in SIDEWAYS else image.size
+def _upright_size(stored_size: tuple[int, int], turn: Image.Transpose | None) -> tuple[int, int]:
+    return stored_size[::-1] if turn in SIDEWAYS else stored_size
 
 
 def _cut(
     image: Image.Image,
+    turn: Image.Transpose | None,
     box: Box,
     size: tuple[int, int],
     gap: float,
@@ -211,9 +216,8 @@ def _cut(
     It is cut as it is stored and turned last: in a turned JPEG that was decoded small, the odd
     pixels by which its sides were rounded up could lie before the first ones.
     """
-    turn = _turn(image)
     left, upper, right, lower = box
-    width, height = _upright_size(image)
+    width, height = _upright_size(image.size, turn)
     if turn in MIRRORED_X:
         left, right = width - right, width - left
     if turn in MIRRORED_Y:
@@ -265,7 +269,8 @@ def shrink(image: Image.Image, factor: int) -> Image.Image:
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """An RGB image as float32 (3, height, width) in [-1, 1]."""
-    pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1).astype(np.float32, order="C")
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")
     pixels /= 127.5
     pixels -= 1.0
     return torch.from_numpy(pixels)
