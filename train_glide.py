@@ -24,18 +24,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes those of the process.
     """
     config = parse_config(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     for package in ("glide_finetune", "glide_text2im"):
         logging.getLogger(package).setLevel(logging.INFO)
     if config.dry_run:
-        print(json.dumps(config.to_dict(), indent=2))
-        return 0
+        print(json.dumps(config.to_dict(), indent=2), flush=True)
     # torch takes seconds to import, so it waits until the settings are known to be right
+    from glide_finetune.dry_run import dry_run
     from glide_finetune.trainer import TrainingDiverged
     from glide_finetune.training_run import run
     from glide_text2im.download import DownloadError
 
     try:
+        if config.dry_run:
+            dry_run(config)
+            return 0
         return run(config).exit_status
     except (ValueError, OSError, DownloadError, TrainingDiverged) as error:
         if os.environ.get("GLIDE_TRACEBACK") == "1":

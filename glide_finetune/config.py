@@ -53,7 +53,8 @@ class TrainConfig:
     demo: bool = flag(False, group=START, once=True,
         help="draw a small captioned set and train a small model on it, in minutes on a CPU")
     dry_run: bool = flag(False, group=START, once=True,
-        help="print the settings as they come out, and train nothing")
+        help="train nothing: print the settings as they come out, then what is wrong with the "
+             "data, and draw some of it into CHECKPOINTS_DIR/dry_run")
 
     data_dir: str = flag("./data", "-data", group=DATA, metavar="DIR",
         help="folder of images with captions beside them; with --use_webdataset a folder of tar "

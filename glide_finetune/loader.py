@@ -72,7 +72,7 @@ class TextImageDataset(Dataset):
         self.seed = seed
         self.return_keys = return_keys
         self._epoch = SharedInteger()
-        self._account = DataAccount()  # of what is taken by index
+        self.account = DataAccount()  # of what is taken by index
 
     @property
     def folder(self) -> Path:
@@ -94,7 +94,7 @@ class TextImageDataset(Dataset):
     def __getitem__(self, index: int) -> tuple:
         tally = Tally()
         item = self.draw(range(len(self))[index], self._epoch.value, tally=tally)
-        self._account.add(tally)
+        self.account.add(tally)
         return item
 
     def set_epoch(self, epoch: int) -> None:
@@ -125,14 +125,15 @@ class TextImageDataset(Dataset):
     def make(self, index: int, rng: random.Random, tally: Tally) -> tuple:
         """The item of this very sample. Raises BadSample."""
         captions = self.index.read_captions(index)
-        item = self.recipe.make(self.folder / self.keys[index], captions, rng, tally)
+        image = os.path.join(self.folder, self.keys[index])
+        item = self.recipe.make(image, captions, rng, tally)
         return (*item, self.keys[index]) if self.return_keys else item
 
     def subset(self, indices: Sequence[int]) -> "TextImageDataset":
         """The same dataset with these samples only."""
         chosen = copy.copy(self)
         chosen.index = self.index.subset(indices)
-        chosen._account = DataAccount()
+        chosen.account = self.account.again()
         chosen._epoch = SharedInteger(self._epoch.value)
         return chosen
 
@@ -141,6 +142,6 @@ class TextImageDataset(Dataset):
         fixed = copy.copy(self)
         fixed.recipe = self.recipe.for_evaluation()
         fixed.shuffle = False
-        fixed._account = DataAccount()
+        fixed.account = self.account.again()
         fixed._epoch = SharedInteger()
         return fixed

@@ -93,7 +93,7 @@ class ShardStream(IterableDataset):
         self.shuffle_buffer = shuffle_buffer
         self.return_keys = return_keys
         self._epoch = SharedInteger(epoch)
-        self._account = DataAccount()  # of what is iterated over directly
+        self.account = DataAccount()  # of what is iterated over directly
         self._held_back: frozenset[str] = frozenset()
 
     @property
@@ -114,14 +114,14 @@ class ShardStream(IterableDataset):
         fixed = copy.copy(self)
         fixed.recipe = self.recipe.for_evaluation()
         fixed.shuffle_buffer = 0
-        fixed._account = DataAccount()
+        fixed.account = self.account.again()
         fixed._epoch = SharedInteger()
         return fixed
 
     def without(self, keys: Collection[str]) -> "ShardStream":
         """The same samples but for those with these keys ("SHARD/KEY")."""
         smaller = copy.copy(self)
-        smaller._account = DataAccount()
+        smaller.account = self.account.again()
         smaller._held_back = self._held_back | frozenset(keys)
         smaller._epoch = SharedInteger(self.epoch)
         return smaller
@@ -134,9 +134,9 @@ class ShardStream(IterableDataset):
         def tell() -> None:
             nonlocal rejected
             rejected += 1
-            self._account.add(tally.take())
+            self.account.add(tally.take())
             if rejected == PATIENCE and not given:
-                logger.warning("no sample could be used yet: %s", self._account.describe())
+                logger.warning("no sample could be used yet: %s", self.account.describe())
 
         for raw in self.raw_samples(epoch, *place, tally, on_rejection=tell):
             try:
@@ -145,13 +145,13 @@ class ShardStream(IterableDataset):
                 tally.skip(raw.key, error)
                 tell()
                 continue
-            self._account.add(tally.take())
+            self.account.add(tally.take())
             given += 1
             yield item
-        self._account.add(tally)
+        self.account.add(tally)
         if not given and worker is None:
-            raise ValueError(nothing_left(self._account))
-        self._account.end_epoch()
+            raise ValueError(nothing_left(self.account))
+        self.account.end_epoch()
 
     def raw_samples(
         self,

@@ -209,13 +209,6 @@ class TestRun:
             assert main([*words, "--log_frequency", "0"]) == 0
             assert (place / "numbered" / number / "glide-ft-0x1.pt").exists()
 
-    def test_a_dry_run_prints_the_settings_and_writes_nothing(self, place, tmp_path):
-        before = sorted(place.iterdir())
-        out = train(place, "--data_dir", "data", "--dry_run", "--train_upsample", "-bs", "3")
-        settings = json.loads(out)
-        assert (settings["batch_size"], settings["uncond_p"]) == (3, 0.0)
-        assert sorted(place.iterdir()) == before
-
 
 class TestResuming:
     def test_a_run_killed_in_mid_epoch_goes_on_bit_for_bit(self, place, whole, caplog):

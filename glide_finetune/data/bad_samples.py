@@ -81,6 +81,12 @@ class DataAccount:
         self._left_out: Counter[str] = Counter()  # of this epoch
         self._captions_cut = 0
 
+    def again(self, epoch_samples: int | None = None) -> "DataAccount":
+        """One for another way through the same data, which names nothing a second time."""
+        account = DataAccount(epoch_samples)
+        account._named = self._named
+        return account
+
     def add(self, tally: Tally) -> None:
         """Take in what a worker noted.
 
@@ -124,7 +130,8 @@ class DataAccount:
             unreadable = {name: self._left_out[name] for name in KINDS.values()}
             raise ValueError(
                 f"{self._unreadable} of the first {self._samples} samples cannot be read "
-                f"({describe_counts(+Counter(unreadable))}), such as {self._example.name}: {self._example.reason}; "
+                f"({describe_counts(+Counter(unreadable))}), "
+                f"such as {self._example.name}: {self._example.reason}; "
                 "mend or remove them (--dry_run lists what is wrong)"
             )
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from glide_finetune.data.bad_samples import BadSample, DataAccount, Tally
+from glide_finetune.data.bad_samples import BadSample, Tally
 from glide_finetune.data.shared_integer import SharedInteger
 from glide_finetune.loader import TextImageDataset
 from glide_finetune.seeds import derived_seed
@@ -178,7 +178,7 @@ class FolderBatches:
         self, dataset: TextImageDataset, order: _FolderEpoch, num_workers: int, pin_memory: bool
     ) -> None:
         self._epoch = order
-        self._account = DataAccount(order.batches * order.batch_size)
+        self._account = dataset.account.again(order.batches * order.batch_size)
         self._loader = DataLoader(
             _FolderDraws(dataset),
             batch_sampler=self._epoch,
@@ -325,7 +325,7 @@ class ShardBatches:
                 f"{stream.nodes} processes"
             )
         self._share = _ShardShare(stream, batch_size, endless=self._batches > 0)
-        self._account = DataAccount(self._batches * batch_size or None)
+        self._account = stream.account.again(self._batches * batch_size or None)
         self._loader = DataLoader(
             self._share,
             batch_size=None,

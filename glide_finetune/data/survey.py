@@ -1,0 +1,203 @@
+"""A look at every sample of a data set before training: what can be used, and what is odd."""
+
+import hashlib
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from tqdm import tqdm
+
+from glide_finetune.data.bad_samples import BadSample, Tally
+from glide_finetune.data.captions import default_tokenizer
+from glide_finetune.data.dataloading import loader_settings
+from glide_finetune.data.images import ImageSource, upright_size
+from glide_finetune.data.sample_recipe import SampleRecipe
+from glide_finetune.loader import TextImageDataset
+from glide_finetune.wds_loader import ShardStream
+
+MOST_SAMPLES = 100_000  # looked at; of a larger folder evenly spread, of shards the first
+MOST_NAMES = 3  # kept as examples of each thing
+
+
+@dataclass
+class Some:
+    """How many samples something is true of, and the names of the first of them."""
+
+    count: int = 0
+    names: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        if len(self.names) < MOST_NAMES:
+            self.names.append(name)
+
+
+@dataclass
+class Survey:
+    """What a look at a data set has found.
+
+    samples: looked at, those included that are skipped or filtered.
+    of: how many there are; None where that is not known.
+    interrupted: whether the user ended it.
+    usable: samples to train on.
+    skipped: samples and shards that cannot be read, by the kind of fault and its reason; reasons
+        that differ in numbers alone are one.
+    filtered: how many are not wanted, by reason.
+    caption_lengths: how many captions of the usable samples have so many tokens.
+    cut: samples with a caption longer than the model takes.
+    small: usable samples that have to be enlarged; smallest: (width, height) of the smallest.
+    copies: usable samples whose image is byte for byte that of another, as "NAME = OTHER NAME".
+    """
+
+    samples: int = 0
+    of: int | None = None
+    interrupted: bool = False
+    usable: int = 0
+    skipped: dict[tuple[str, str], Some] = field(default_factory=dict)
+    filtered: Counter[str] = field(default_factory=Counter)
+    caption_lengths: Counter[int] = field(default_factory=Counter)
+    cut: Some = field(default_factory=Some)
+    small: Some = field(default_factory=Some)
+    smallest: tuple[int, int] | None = None
+    copies: Some = field(default_factory=Some)
+
+
+class _Seen(NamedTuple):
+    """A usable sample."""
+
+    size: tuple[int, int]  # of the upright image
+    digest: bytes  # of the image file
+    caption_lengths: list[int]  # in tokens
+
+
+def survey(dataset: TextImageDataset | ShardStream, num_workers: int) -> Survey:
+    """Decode every sample once, as training would, in `num_workers` processes.
+
+    Shows a bar on a terminal. Ctrl-C ends it early. `dataset` has `return_keys`.
+    """
+    recipe = dataset.recipe
+    dataset = dataset.for_evaluation()
+    dataset.recipe = _LookingRecipe(dataset.recipe)
+    result = Survey()
+    if isinstance(dataset, ShardStream):
+        looks, places = _ShardLooks(dataset), None
+        num_workers = min(num_workers, len(dataset.shards))
+    else:
+        result.of = len(dataset)
+        looks, places = _FolderLooks(dataset), _spread(len(dataset), MOST_SAMPLES)
+    loader = DataLoader(
+        looks, batch_size=16, sampler=places, collate_fn=list,
+        **loader_settings(num_workers, pin_memory=False),
+    )  # fmt: skip
+    collector = _Collector(result, recipe)
+    with tqdm(
+        desc="looking at the data", total=places and len(places), unit="sample", disable=None
+    ) as bar:
+        try:
+            for message in itertools.chain.from_iterable(loader):
+                collector.add(*message)
+                bar.update(result.samples - bar.n)
+                if result.samples >= MOST_SAMPLES:
+                    break
+            else:
+                result.of = result.of or result.samples
+        except KeyboardInterrupt:
+            result.interrupted = True
+    return result
+
+
+def _spread(count: int, most: int) -> Sequence[int]:
+    """All of `count` places, or `most` of them, evenly spread."""
+    return range(count) if count <= most else [i * count // most for i in range(most)]
+
+
+class _LookingRecipe:
+    """Takes the place of a recipe; its samples are what is to be known of them."""
+
+    def __init__(self, recipe: SampleRecipe) -> None:
+        self.recipe = recipe
+
+    def make(
+        self, image: ImageSource, captions: Sequence[str], rng: Random, tally: Tally
+    ) -> tuple[_Seen]:
+        self.recipe.make(image, captions, rng, tally)
+        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        encode = (self.recipe.tokenizer or default_tokenizer()).encode
+        digest = hashlib.blake2b(data, digest_size=16).digest()
+        return (_Seen(upright_size(data), digest, [len(encode(text)) for text in captions]),)
+
+
+# What workers send: the name of a usable sample and what it is like, and what else came up.
+_Message = tuple[str, _Seen | None, Tally]
+
+
+class _FolderLooks(Dataset):
+    def __init__(self, dataset: TextImageDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> _Message:
+        tally, name = Tally(samples=1), self.dataset.keys[index]
+        try:
+            seen, _ = self.dataset.make(index, Random(), tally)
+        except BadSample as error:
+            tally.skip(name, error)
+            return name, None, tally
+        return name, seen, tally
+
+
+class _ShardLooks(IterableDataset):
+    def __init__(self, stream: ShardStream) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[_Message]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        tally = Tally()
+        for raw in self.stream.raw_samples(0, worker, workers, tally):
+            try:
+                seen, _ = self.stream.make(raw, 0, tally)
+            except BadSample as error:
+                tally.skip(raw.key, error)
+                seen = None
+            yield raw.key, seen, tally.take()
+        yield "", None, tally
+
+
+class _Collector:
+    """Adds up what the workers send."""
+
+    def __init__(self, result: Survey, recipe: SampleRecipe) -> None:
+        factor = recipe.upscale_factor or 1
+        self.result = result
+        self.text_ctx_len = recipe.text_ctx_len
+        self.width, self.height = recipe.side_x * factor, recipe.side_y * factor
+        self.names: dict[bytes, str] = {}  # by digest
+        self.reasons: dict[str, str] = {}  # the first one by its text without numbers
+
+    def add(self, name: str, seen: _Seen | None, tally: Tally) -> None:
+        result = self.result
+        result.samples += tally.samples + tally.filtered.total()
+        result.filtered += tally.filtered
+        for skipped in tally.skipped:
+            reason = self.reasons.setdefault(re.sub(r"\d+", "", skipped.reason), skipped.reason)
+            result.skipped.setdefault((skipped.kind, reason), Some()).add(skipped.name)
+        if seen is None:
+            return
+        result.usable += 1
+        result.caption_lengths.update(seen.caption_lengths)
+        if any(length > self.text_ctx_len for length in seen.caption_lengths):
+            result.cut.add(name)
+        if seen.size[0] < self.width or seen.size[1] < self.height:
+            result.small.add(name)
+            result.smallest = min(result.smallest or seen.size, seen.size, key=min)
+        if seen.digest in self.names:
+            result.copies.add(f"{name} = {self.names[seen.digest]}")
+        else:
+            self.names[seen.digest] = name

@@ -1,0 +1,195 @@
+"""What a run's data looks like, in words and in a picture, for --dry_run."""
+
+import contextlib
+import itertools
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from glide_finetune.atomic_files import atomic_file
+from glide_finetune.config import TrainConfig
+from glide_finetune.data.bad_samples import KINDS, TRIAL_SAMPLES
+from glide_finetune.data.captions import default_tokenizer
+from glide_finetune.data.folder_index import FolderIndex
+from glide_finetune.data.survey import MOST_NAMES, Some, Survey, survey
+from glide_finetune.loader import TextImageDataset
+from glide_finetune.samples import labelled_grid
+from glide_finetune.training_data import make_dataset, make_training_data
+
+SHEET_SAMPLES = 16
+SHEET_NAME = "dry_run/data.png"  # in the folder of the runs, but no run, since those are numbers
+BINS = 8  # of the caption lengths up to the longest that the model takes
+BAR_WIDTH = 40
+NAME_WIDTH = 30
+
+
+def report_data(config: TrainConfig) -> None:
+    """Look at all data, print what there is and what is wrong with it, draw some of it.
+
+    Raises:
+        ValueError, OSError: why training would stop, in one line.
+    """
+    with _warnings_off("glide_finetune.data"):  # which tell one by one what is told in sum here
+        found = _print_data("data", config.data_dir, config)
+        if config.val_data_dir:
+            _print_data("validation data", config.val_data_dir, config)
+        samples = first_samples(config, SHEET_SAMPLES if found.interrupted else TRIAL_SAMPLES)
+        path = Path(config.checkpoints_dir).expanduser() / SHEET_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            draw_sheet(samples).save(file, "png")
+    print(f"\nsome of it, drawn as for training: {path}")
+
+
+def _print_data(title: str, place: str, config: TrainConfig) -> Survey:
+    dataset = make_dataset(place, config, config.options, return_keys=True)
+    print(
+        f"\n{title}: {place}, for images of {config.image_width}x{config.image_height}", flush=True
+    )
+    found = survey(dataset, config.num_workers)
+    lines = describe(found, config)
+    if isinstance(dataset, TextImageDataset):
+        lines += describe_index(dataset.index)
+    lines += histogram(found.caption_lengths, config.options["text_ctx"])
+    for name, count, remark in lines:
+        print(f"  {name:<{NAME_WIDTH}}{count:>10,}  {remark}".rstrip())
+    return found
+
+
+@contextlib.contextmanager
+def _warnings_off(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+# ------------------------------------------------------------------- in words
+class Line(NamedTuple):
+    """What is counted, how often it is there, and what else is to be said of it."""
+
+    name: str
+    count: int
+    remark: str = ""
+
+
+def describe(found: Survey, config: TrainConfig) -> list[Line]:
+    """A survey in lines, those left out that have nothing to tell."""
+    size = f"{config.image_width}x{config.image_height}"
+    longest = config.options["text_ctx"]
+    lines = [Line("samples", found.samples, _extent(found)), Line("usable", found.usable)]
+    for kind, name in KINDS.items():
+        of_kind = {reason: some for (k, reason), some in found.skipped.items() if k == kind}
+        if of_kind:
+            lines.append(Line(name, sum(some.count for some in of_kind.values())))
+        lines += [
+            Line("", some.count, f"{reason}: {_listed(some.names, some.count)}")
+            for reason, some in sorted(of_kind.items(), key=lambda pair: -pair[1].count)
+        ]
+    lines += [Line(f"filtered: {reason}", n) for reason, n in found.filtered.most_common()]
+    if found.smallest:
+        line = _line_of(f"smaller than {size}", found.small)
+        width, height = found.smallest
+        lines.append(line._replace(remark=f"the smallest is {width}x{height}: {line.remark}"))
+    for name, some in (
+        ("copies of other images", found.copies),
+        (f"captions cut at {longest} tokens", found.cut),
+    ):
+        if some.count:
+            lines.append(_line_of(name, some))
+    return lines
+
+
+def describe_index(index: FolderIndex) -> list[Line]:
+    """What came up when the files of a folder were listed, in lines."""
+    lines = []
+    if index.without_caption:
+        lines.append(Line("images without a caption", index.without_caption))
+    for kind, name in (
+        ("image", "named like images only"),
+        ("metadata", "rows of metadata left out"),
+        ("folder", "folders left out"),
+    ):
+        if count := index.left_out.counts[kind]:
+            named = [f"{s.name}: {s.reason}" for s in index.left_out.named if s.kind == kind]
+            lines.append(Line(name, count, _listed(named, count)))
+    clashes, groups = index.same_stem(MOST_NAMES)
+    if clashes:
+        named = [" and ".join(group) for group in groups]
+        lines.append(Line("captions shared by images", clashes, _listed(named, clashes)))
+    return lines
+
+
+def _extent(found: Survey) -> str:
+    if found.of == found.samples:
+        return ""
+    text = f"of {found.of:,}" if found.of else "the first ones"
+    return text + (", as you stopped the look" if found.interrupted else "")
+
+
+def _line_of(name: str, some: Some) -> Line:
+    return Line(name, some.count, _listed(some.names, some.count))
+
+
+def _listed(names: Sequence[str], count: int) -> str:
+    """The first of so many names."""
+    return ", ".join(names[:MOST_NAMES]) + (", ..." if count > MOST_NAMES else "")
+
+
+def histogram(lengths: Counter[int], longest: int) -> list[Line]:
+    """How many captions have how many tokens, as bars, where there are any; longer ones are cut."""
+    width = math.ceil(longest / BINS)
+    counts: Counter[int] = Counter()
+    for length, count in lengths.items():
+        counts[min(max(0, length - 1), longest) // width] += count
+    lines = []
+    for place, count in sorted(counts.items()):
+        first, last = place * width + 1, min((place + 1) * width, longest)
+        tokens = f"{first} to {last}" if first <= longest else f"over {longest}"
+        bar = "#" * math.ceil(BAR_WIDTH * count / max(counts.values()))
+        lines.append(Line(f"captions of {tokens} tokens", count, bar))
+    return lines
+
+
+# ------------------------------------------------------------------- in a picture
+def first_samples(config: TrainConfig, most: int) -> list[tuple[torch.Tensor, ...]]:
+    """The first `SHEET_SAMPLES` of the first epoch of training, without their keys.
+
+    Takes `most` samples from the loader, or an epoch if it has fewer, and so raises the ValueError
+    with which training would give up data of which too much cannot be read.
+    """
+    loader = make_training_data(config, config.options, "cpu").loader
+    first: list[tuple[torch.Tensor, ...]] = []
+    count = 0
+    for *parts, keys in loader:
+        first += itertools.islice(zip(*parts, strict=True), SHEET_SAMPLES - len(first))
+        count += len(keys)
+        if count >= most:
+            break
+    return first
+
+
+def draw_sheet(samples: Sequence[tuple[torch.Tensor, ...]]) -> Image.Image:
+    """Samples as a grid, with the captions that the model gets."""
+    decode = default_tokenizer().decode
+    captions = [decode(tokens[mask].tolist()) or "(empty)" for tokens, mask, *_ in samples]
+    return labelled_grid(
+        torch.stack([_side_by_side(*images) for _, _, *images in samples]), captions
+    )
+
+
+def _side_by_side(image: torch.Tensor, high_res: torch.Tensor | None = None) -> torch.Tensor:
+    """An upsampler's pair as one picture; the image of a base model as it is."""
+    if high_res is None:
+        return image
+    return torch.cat([interpolate(image[None], high_res.shape[1:])[0], high_res], dim=2)
