@@ -115,9 +115,9 @@ class TextImageDataset(Dataset):
             try:
                 return self.make(candidate, rng, tally)
             except BadSample as error:
-                name, reason = str(self.folder / self.keys[candidate]), error
-            if candidate == index:
-                tally.skip(name, reason)
+                name, reason = str(self.folder / self.keys[candidate]), str(error)
+                if candidate == index:
+                    tally.skip(name, error)
             step = rng.randrange(1, len(self)) if self.shuffle and len(self) > 1 else 1
             candidate = (candidate + step) % len(self)
         raise ValueError(f"no sample can be read, the last one tried was {name}: {reason}")

@@ -1,8 +1,12 @@
 """Local folders: what is found, what is skipped, and the same batches for the same seed."""
 
+import gc
 import logging
 import os
 import pickle
+import subprocess
+import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -405,3 +409,36 @@ def test_at_least_one_sample_is_held_back_and_one_is_left(tmp_path):
         split_validation(data.subset([0]), 0.5, seed=0)
     with pytest.raises(ValueError, match="fraction"):
         split_validation(data, 0.0, seed=0)
+
+
+def test_a_sample_that_is_skipped_keeps_nothing_alive(tmp_path):
+    """Such as the frame of whoever asked for it, with data workers in it."""
+    write_images(tmp_path, 2)
+    (tmp_path / "000.png").write_bytes(b"")
+    data = dataset(tmp_path)
+
+    def ask():
+        something = torch.zeros(1)
+        data.draw(0, 0)
+        return weakref.ref(something)
+
+    gc.disable()
+    try:
+        assert ask()() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.slow
+def test_a_process_that_forgets_its_workers_ends_all_the_same(tmp_path):
+    write_images(tmp_path, 8)
+    script = f"""
+import sys
+from glide_finetune.data.dataloading import make_dataloader
+from glide_finetune.loader import TextImageDataset
+cycle = [make_dataloader(TextImageDataset({str(tmp_path)!r}, 8, 8), 1, seed=0, num_workers=2,
+                         device="cpu")]
+cycle.append(cycle)
+next(iter(cycle[0]))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=100)

@@ -5,8 +5,10 @@ of workers, for shards with the same number of workers; and also when an epoch i
 middle, where what lies before is not decoded.
 """
 
+import atexit
 import contextlib
 import math
+import multiprocessing
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -377,3 +379,12 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):  # not all of them on Windows
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Else multiprocessing would send what is left of them the SIGTERM that they ignore, and wait
+    for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
