@@ -4,6 +4,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ def check(config: TrainConfig) -> None:
     """
     start = interpret_resume(config.resume_ckpt, config.checkpoints_dir)
     _check_choices(config)
-    _check_ranges(config)
+    check_ranges(vars(config))
     _check_combinations(config, start)
     _check_model(config)
     _check_start(config, start)
@@ -95,9 +96,14 @@ RANGES: dict[str, Range] = {
 }
 
 
-def _check_ranges(config: TrainConfig) -> None:
+def check_ranges(settings: Mapping[str, object]) -> None:
+    """Hold the numbers among the settings, by their names, against `RANGES`.
+
+    Raises:
+        ValueError: the first that is outside of its range.
+    """
     for name, allowed in RANGES.items():
-        value = getattr(config, name)
+        value = settings.get(name)
         # None is for no limit; NaN is in no range
         if value is not None and not allowed.low <= value <= allowed.high:
             raise ConfigError(f"--{name} is {value}; give {allowed.words}")

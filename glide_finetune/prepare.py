@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from glide_finetune.arguments import Parser, add_flag
 from glide_finetune.config import FIELDS, ConfigError, TrainConfig
-from glide_finetune.config_checks import RANGES
+from glide_finetune.config_checks import check_ranges
 
 # What is asked as in training, and decides what the shards hold.
 TRAINING_FLAGS = (
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("glide_finetune").setLevel(logging.INFO)
     try:
-        _check_ranges(settings | {"num_workers": typed["num_workers"]})
+        check_ranges(settings | {"num_workers": typed["num_workers"]})
         if typed["shard_size"] < 1:
             raise ConfigError(f"--shard_size is {typed['shard_size']}; give a number of at least 1")
         # torch takes seconds to import, so it waits until the settings are known to be right
@@ -95,12 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: interrupted; the same command goes on", file=sys.stderr)
         return 130
     return 0
-
-
-def _check_ranges(settings: dict) -> None:
-    for name in settings.keys() & RANGES.keys():
-        if not RANGES[name].low <= settings[name] <= RANGES[name].high:
-            raise ConfigError(f"--{name} is {settings[name]}; give {RANGES[name].words}")
 
 
 if __name__ == "__main__":

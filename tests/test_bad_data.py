@@ -120,8 +120,9 @@ class TestFolders:
 
     def test_what_is_skipped_is_counted(self, from_folder):
         assert from_folder.left_out == {
-            "skipped_image": 2 * len(bad_data.BAD_IMAGES),
+            "skipped_image": 2 * (len(bad_data.BAD_IMAGES) + len(bad_data.NO_FILES)),
             "skipped_caption": 2 * len(bad_data.BAD_CAPTIONS),
+            "filtered_no_caption": 2,
         }
 
     def test_every_epoch_ends_with_a_summary(self, from_folder):

@@ -185,7 +185,7 @@ def test_tiffs_of_all_kinds_are_read(options):
     assert near(white, WHITE, 3)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "RGBA", "YCbCr"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "RGBA"])
 def test_tiffs_of_all_modes_are_read(mode):
     image = half_and_half("RGB", (0, 0, 0), (255, 255, 255)).convert(mode)
     black, white = colours(saved(image, "TIFF"))

@@ -105,7 +105,8 @@ class _Draw(NamedTuple):
 class Batch(tuple):
     """A batch as the train steps take it.
 
-    left_out: how many samples were left out on the way to it and why, as in `Tally.metrics`.
+    left_out: how many samples were left out on the way to it and why, as in `Tally.metrics`; on
+        the way to the first batch of an epoch also what was when the folder was listed.
     """
 
     left_out: Counter[str]
@@ -181,6 +182,7 @@ class FolderBatches:
     ) -> None:
         self._epoch = order
         self._account = dataset.account.again(order.batches * order.batch_size)
+        self._unlisted = dataset.index.metrics()
         self._loader = DataLoader(
             _FolderDraws(dataset),
             batch_sampler=self._epoch,
@@ -195,11 +197,15 @@ class FolderBatches:
         return self._epoch.batches
 
     def __iter__(self) -> Iterator[Batch]:
+        unlisted = Counter() if self._epoch.start_batch else self._unlisted
         for message in self._loader:
             self._account.add(message.tally)
             if message.error:
                 raise ValueError(message.error)
-            yield _received(message)
+            batch = _received(message)
+            batch.left_out += unlisted
+            unlisted = Counter()
+            yield batch
         self._account.end_epoch()
 
 

@@ -68,6 +68,12 @@ class FolderIndex:
             return read_captions(os.path.join(self.folder, caption_file))
         return self._metadata.read(image, self.images[image])
 
+    def metrics(self) -> Counter[str]:
+        """How much was left out when the files were listed, by the names of `Tally.metrics`."""
+        counts = Counter({f"skipped_{kind}": count for kind, count in self.left_out.counts.items()})
+        counts["filtered_no_caption"] = self.without_caption
+        return +counts
+
     def subset(self, images: Iterable[int]) -> "FolderIndex":
         """The same of the images at these places only."""
         images = array("q", images)

@@ -1,11 +1,11 @@
 """Captions from metadata.jsonl and metadata.csv, by the ImageFolder convention."""
 
 import codecs
+import contextlib
 import csv
 import posixpath
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -53,7 +53,8 @@ class MetadataFile:
         self._first = (1, 0)  # the line and the offset of the first row
         with self._opened() as lines:
             if name.endswith(".csv"):
-                self._columns = next(_csv_reader(lines), [])
+                with contextlib.suppress(csv.Error):  # NUL bytes, up to Python 3.10
+                    self._columns = next(_csv_reader(lines), [])
                 if "file_name" not in self._columns:
                     raise BadSample("its first line names no column file_name", "metadata")
                 self._first = (lines.number, lines.offset)
@@ -71,7 +72,7 @@ class MetadataFile:
             raise BadSample(f"{self.path} has changed since it was indexed", "metadata")
         return found.row.captions
 
-    @contextmanager
+    @contextlib.contextmanager
     def _opened(self, number: int = 1, offset: int = 0) -> Iterator["_Lines"]:
         try:
             with open_regular(self.path) as file:

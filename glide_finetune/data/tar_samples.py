@@ -65,7 +65,7 @@ def _samples(stream: BinaryIO, wanted: Collection[str]) -> Iterator[TarSample]:
     with tarfile.open(
         fileobj=stream, mode="r|*", tarinfo=_Member, errors="backslashreplace"
     ) as tar:
-        while (member := tar.next()) is not None:
+        for member in tar:
             tar.members = []  # where it would collect the headers of the whole shard
             key, suffix = base_plus_ext(member.name)
             if key is None or not member.isreg():
