@@ -3,7 +3,7 @@
 import copy
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -110,17 +110,22 @@ class TextImageDataset(Dataset):
         rng = derived_random(self.seed, epoch, repeat, self.keys[index])
         tally = Tally() if tally is None else tally
         tally.samples += 1
-        candidate = index
-        for _ in range(min(len(self), MAX_STAND_INS)):
+        for candidate in self._candidates(index, rng):
             try:
                 return self.make(candidate, rng, tally)
             except BadSample as error:
                 name, reason = str(self.folder / self.keys[candidate]), str(error)
                 if candidate == index:
                     tally.skip(name, error)
-            step = rng.randrange(1, len(self)) if self.shuffle and len(self) > 1 else 1
-            candidate = (candidate + step) % len(self)
         raise ValueError(f"no sample can be read, the last one tried was {name}: {reason}")
+
+    def _candidates(self, index: int, rng: random.Random) -> Iterator[int]:
+        """A sample and its stand-ins; random ones leave a sub-folder full of bad ones behind."""
+        yield index
+        most = min(len(self) - 1, MAX_STAND_INS)
+        steps = rng.sample(range(1, len(self)), most) if self.shuffle else range(1, most + 1)
+        for step in steps:
+            yield (index + step) % len(self)
 
     def make(self, index: int, rng: random.Random, tally: Tally) -> tuple:
         """The item of this very sample. Raises BadSample."""
@@ -141,7 +146,6 @@ class TextImageDataset(Dataset):
         """The same samples with nothing random: centre crop, first caption, no dropout, no flip."""
         fixed = copy.copy(self)
         fixed.recipe = self.recipe.for_evaluation()
-        fixed.shuffle = False
-        fixed.account = self.account.again()
+        fixed.account = self.account.again(gives_up=False)
         fixed._epoch = SharedInteger()
         return fixed

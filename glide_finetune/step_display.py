@@ -11,6 +11,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 30
+MUCH_WAITING = 0.05  # of the time, for data; from there on it is worth telling
 
 
 class StepDisplay:
@@ -66,6 +67,8 @@ class StepDisplay:
             f"lr {metrics['lr']:<8.2e}",
             f"images/s {metrics['images_per_second']:<6.1f}",
         ]
+        if (waiting := metrics.get("data/wait_share", 0.0)) >= MUCH_WAITING:
+            columns.append(f"waiting for data {waiting:.0%}")
         if self._total:
             seconds = (now - self._started) / (step - self._first_step) * (self._total - step)
             columns.append(f"left {tqdm.format_interval(seconds)}")

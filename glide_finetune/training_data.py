@@ -81,6 +81,7 @@ def _folder(folder: str, config: TrainConfig, options: dict, return_keys: bool) 
         side_x=config.side_x,
         side_y=config.side_y,
         resize_ratio=config.resize_ratio,
+        shuffle=True,
         text_ctx_len=options["text_ctx"],
         uncond_p=config.uncond_p,
         use_captions=config.use_captions,

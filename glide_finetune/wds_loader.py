@@ -114,7 +114,7 @@ class ShardStream(IterableDataset):
         fixed = copy.copy(self)
         fixed.recipe = self.recipe.for_evaluation()
         fixed.shuffle_buffer = 0
-        fixed.account = self.account.again()
+        fixed.account = self.account.again(gives_up=False)
         fixed._epoch = SharedInteger()
         return fixed
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 import bad_data
+from glide_finetune.data.bad_samples import in_one_line
 from glide_finetune.data.dataloading import make_dataloader
 from glide_finetune.loader import TextImageDataset
 from glide_finetune.metrics import read_metrics
@@ -99,6 +100,7 @@ def from_shards(request, shards) -> Epochs:
 
 
 def assert_named_once(epochs: Epochs, name: str, reason: str) -> None:
+    name = in_one_line(name)
     (line,) = epochs.lines_about(name)
     assert line.startswith("skipped ")
     assert re.search(reason, line.split(f"{name}: ")[1])

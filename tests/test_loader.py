@@ -442,3 +442,42 @@ cycle.append(cycle)
 next(iter(cycle[0]))
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
+
+
+def test_a_sub_folder_of_unreadable_files_does_not_end_a_run(tmp_path):
+    """More of them than stand-ins are tried for one sample, though less than half of all."""
+    (tmp_path / "bad").mkdir()
+    for i in range(1100):
+        (tmp_path / "bad" / f"{i:04}.png").write_bytes(b"")
+    write_images(tmp_path / "good", 1)
+    for i in range(1, 1300):
+        (tmp_path / "good" / f"{i:04}.png").hardlink_to(tmp_path / "good" / "000.png")
+    data = TextImageDataset(tmp_path, 8, 8, shuffle=True, use_captions=False)
+    loader = make_dataloader(data, 100, seed=0, num_workers=0, device="cpu")
+    assert sum(len(batch[0]) for batch in loader) == 2400
+
+
+def test_an_epoch_entered_near_its_end_is_not_given_up_for_one_bad_sample(tmp_path):
+    write_images(tmp_path, 20)
+    (tmp_path / "003.png").write_bytes(b"")
+    data = dataset(tmp_path)
+    for seed in range(10):
+        loader = make_dataloader(data, 1, seed=seed, num_workers=0, device="cpu")
+        loader.set_epoch(0, 19)
+        assert len(list(loader)) == 1
+
+
+@pytest.mark.slow
+def test_a_process_whose_workers_run_to_its_end_ends_in_silence(tmp_path):
+    write_images(tmp_path, 8)
+    script = f"""
+from glide_finetune.data.dataloading import make_dataloader
+from glide_finetune.loader import TextImageDataset
+loader = make_dataloader(TextImageDataset({str(tmp_path)!r}, 8, 8), 1, seed=0, num_workers=2,
+                         device="cpu")
+print(len(list(loader)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, timeout=100, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("8\n", "")

@@ -594,3 +594,25 @@ def test_the_length_of_a_stream_is_not_known(shards):
     loader = make_dataloader(stream(shards), 4, seed=0, num_workers=0, device="cpu")
     with pytest.raises(TypeError):
         len(loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3, 5])
+def test_the_ends_of_the_workers_shares_make_batches_too(tmp_path, num_workers):
+    """None of the 35 samples is given twice, and less than a batch is left out."""
+    for shard in "abcde":
+        write_shard(tmp_path / f"{shard}.tar", {f"{shard}{i}": one(i) for i in range(7)})
+    data = stream(tmp_path)
+    loader = make_dataloader(data, 4, seed=0, num_workers=num_workers, device="cpu")
+    whole = [tuple(batch[-1]) for batch in loader]
+    assert [len(keys) for keys in whole] == [4] * 8
+    assert len(set(sum(whole, ()))) == 32
+    for start in (1, 4, 7, 8):
+        loader.set_epoch(0, start)
+        assert [tuple(batch[-1]) for batch in loader] == whole[start:]
+
+
+def test_unreadable_samples_at_the_start_of_stored_order_are_passed_over(tmp_path):
+    """As when it is made sure that there is a sample; they say little of all."""
+    write_shard(tmp_path / "0.tar", {f"a{i:04}": one() | {"jpg": b""} for i in range(600)})
+    write_shard(tmp_path / "1.tar", {"b": one()})
+    assert len(next(iter(stream(tmp_path).for_evaluation()))) > 1

@@ -31,6 +31,11 @@ class Skipped(NamedTuple):
     reason: str
 
 
+def in_one_line(name: str) -> str:
+    """A name with line breaks, control characters and bytes that are no text as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
 @dataclass
 class Tally:
     """What came up on the way to some samples; travels from data workers to the main process.
@@ -48,7 +53,7 @@ class Tally:
 
     def skip(self, name: str, error: BadSample) -> None:
         """Note a sample that could not be read."""
-        self.skipped.append(Skipped(name, error.kind, str(error)))
+        self.skipped.append(Skipped(in_one_line(name), error.kind, str(error)))
 
     def take(self) -> "Tally":
         """What was noted until now; this one begins anew."""
@@ -71,19 +76,22 @@ class DataAccount:
     There is one wherever a data set is gone through, in the process that the user watches.
 
     epoch_samples: how many samples an epoch has, None if that is not known.
+    gives_up: whether it may be too much. Where samples come in stored order the bad ones may all
+        be among the first, which says little.
     """
 
-    def __init__(self, epoch_samples: int | None = None) -> None:
-        self._trial = min(TRIAL_SAMPLES, epoch_samples or TRIAL_SAMPLES)  # 0 when it is over
+    def __init__(self, epoch_samples: int | None = None, *, gives_up: bool = True) -> None:
+        trial = min(TRIAL_SAMPLES, epoch_samples or TRIAL_SAMPLES)
+        self._trial = trial if gives_up else 0  # 0 also when it is over
         self._samples = self._unreadable = 0  # in the trial
         self._named: set[str] = set()
         self._example: Skipped | None = None
         self._left_out: Counter[str] = Counter()  # of this epoch
         self._captions_cut = 0
 
-    def again(self, epoch_samples: int | None = None) -> "DataAccount":
+    def again(self, epoch_samples: int | None = None, *, gives_up: bool = True) -> "DataAccount":
         """One for another way through the same data, which names nothing a second time."""
-        account = DataAccount(epoch_samples)
+        account = DataAccount(epoch_samples, gives_up=gives_up)
         account._named = self._named
         return account
 
@@ -106,14 +114,15 @@ class DataAccount:
             self._unreadable += len(unreadable)
             self._give_up_beyond(self._trial)
 
-    def end_epoch(self) -> None:
-        """Log what the epoch left out.
+    def end_epoch(self, *, is_whole: bool = True) -> None:
+        """Log what the epoch, or the end of one, left out.
 
         Raises ValueError when more than half of a first epoch that is short could not be read.
         """
-        if self._samples < self._trial:
-            self._give_up_beyond(self._samples)
-        self._trial = 0
+        if is_whole:
+            if self._samples < self._trial:
+                self._give_up_beyond(self._samples)
+            self._trial = 0
         if self._left_out:
             logger.warning("this epoch left out %s", self.describe())
         if self._captions_cut:

@@ -8,12 +8,12 @@ middle, where what lies before is not decoded.
 import atexit
 import contextlib
 import math
-import multiprocessing
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import count, cycle, islice
+from itertools import chain, count, cycle, islice
 from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
@@ -115,16 +115,30 @@ class Batch(tuple):
 class _Message(NamedTuple):
     """From a worker to the main process."""
 
-    batch: tuple | None  # None for one that a resumed epoch has behind it, and for what follows
+    batch: tuple | None  # None for one that a resumed epoch has behind it, and with an error
     tally: Tally  # noted since the last message
     error: str = ""  # so that the user sees one line and no worker's traceback
-    is_end: bool = False  # of the worker's share of the epoch
+    is_end: bool = False  # of the worker's share of the epoch; the batch is its rest, None for none
 
 
 def _collate(items: Sequence[tuple]) -> tuple:
     return tuple(
         list(values) if isinstance(values[0], str) else torch.stack(values)
         for values in zip(*items, strict=True)
+    )
+
+
+def _joined(batches: Sequence[tuple]) -> tuple:
+    return tuple(
+        list(chain.from_iterable(values)) if isinstance(values[0], list) else torch.cat(values)
+        for values in zip(*batches, strict=True)
+    )
+
+
+def _picked(batch: tuple, places: Sequence[int]) -> tuple:
+    return tuple(
+        [values[place] for place in places] if isinstance(values, list) else values[list(places)]
+        for values in batch
     )
 
 
@@ -183,11 +197,8 @@ class FolderBatches:
         self._epoch = order
         self._account = dataset.account.again(order.batches * order.batch_size)
         self._unlisted = dataset.index.metrics()
-        self._loader = DataLoader(
-            _FolderDraws(dataset),
-            batch_sampler=self._epoch,
-            collate_fn=_as_it_is,
-            **loader_settings(num_workers, pin_memory),
+        self._loader = worker_loader(
+            _FolderDraws(dataset), num_workers, pin_memory, batch_sampler=self._epoch
         )
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
@@ -197,7 +208,8 @@ class FolderBatches:
         return self._epoch.batches
 
     def __iter__(self) -> Iterator[Batch]:
-        unlisted = Counter() if self._epoch.start_batch else self._unlisted
+        is_whole = self._epoch.start_batch == 0
+        unlisted = self._unlisted if is_whole else Counter()
         for message in self._loader:
             self._account.add(message.tally)
             if message.error:
@@ -206,7 +218,7 @@ class FolderBatches:
             batch.left_out += unlisted
             unlisted = Counter()
             yield batch
-        self._account.end_epoch()
+        self._account.end_epoch(is_whole=is_whole)
 
 
 class _ShardShare(IterableDataset):
@@ -233,28 +245,27 @@ class _ShardShare(IterableDataset):
         epoch, tally = self.stream.epoch, Tally()
         raw_samples = self._raw_samples(epoch, worker, workers, tally)
         stand_in, unconfirmed = None, 0  # batches, until a sample of the share is known to be good
-        for n in range(skip):
+        for _ in range(skip):
             skipped = list(islice(raw_samples, self.batch_size))
             tally.take()  # told before
             if stand_in is None:
                 stand_in = self._first_item(skipped, epoch)
-            if len(skipped) == self.batch_size or (skipped and n == 0):
-                unconfirmed += 1
+            is_rest = len(skipped) < self.batch_size
+            unconfirmed += not is_rest
             if stand_in is not None:
                 yield from [_Message(None, Tally())] * unconfirmed
                 unconfirmed = 0
-            if len(skipped) < self.batch_size:
+            if is_rest:
+                raw_samples = iter(skipped)
                 break
-        first, batch = skip == 0, []
+        batch: list[tuple] = []
         gaps = unconfirmed * self.batch_size
         for item in self._items(raw_samples, epoch, tally, stand_in, gaps):
             batch.append(item)
             if len(batch) == self.batch_size:
                 yield _Message(_collate(batch), tally.take())
-                first, batch = False, []
-        if batch and first:
-            yield _Message(_collate(list(islice(cycle(batch), self.batch_size))), tally.take())
-        yield _Message(None, tally, is_end=True)
+                batch = []
+        yield _Message(_collate(batch) if batch else None, tally, is_end=True)
 
     def _raw_samples(
         self, epoch: int, worker: int, workers: int, tally: Tally
@@ -313,9 +324,10 @@ class ShardBatches:
     `epoch_samples` it has so many samples, for which each worker goes through its share again and
     again, and the length is the number of batches.
 
-    At most as many workers are started as there are shards. An incomplete batch at the end of a
-    worker's share is dropped; if it is the worker's only one, it is filled by repeating its items.
-    After an epoch the log tells what was left out for which reason.
+    At most as many workers are started as there are shards. What is left at the ends of their
+    shares makes the last batches. A rest of less than a batch is left out; if it is all there is,
+    it is filled by repeating its items. After an epoch the log tells what was left out for which
+    reason.
     """
 
     def __init__(
@@ -334,12 +346,9 @@ class ShardBatches:
             )
         self._share = _ShardShare(stream, batch_size, endless=self._batches > 0)
         self._account = stream.account.again(self._batches * batch_size or None)
-        self._loader = DataLoader(
-            self._share,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            **loader_settings(min(num_workers, stream.shards_here), pin_memory),
-        )
+        self._left_out: Counter[str] = Counter()  # since the last batch
+        num_workers = min(num_workers, stream.shards_here)
+        self._loader = worker_loader(self._share, num_workers, pin_memory, batch_size=None)
 
     def __len__(self) -> int:
         if not self._batches:
@@ -351,32 +360,55 @@ class ShardBatches:
         self._share.start_batch.value = start_batch
 
     def __iter__(self) -> Iterator[Batch]:
-        place, start_batch = 0, self._share.start_batch.value
+        start_batch = self._share.start_batch.value
+        for place, batch in enumerate(islice(self._all_batches(), self._batches or None)):
+            if place >= start_batch and batch is not None:
+                batch = Batch(batch)
+                batch.left_out, self._left_out = self._left_out, Counter()
+                yield batch
+        self._account.end_epoch(is_whole=start_batch == 0)
+
+    def _all_batches(self) -> Iterator[tuple | None]:
+        """Those of the workers in turn, None for those before `start_batch`, then their rests."""
+        rests, is_empty = [], True
         for message in self._loader:
             self._account.add(message.tally)
-            if message.is_end:
-                continue
-            if place >= start_batch and message.batch is not None:
-                yield _received(message)
-            place += 1
-            if place == self._batches:
-                break
-        if place == 0:
+            self._left_out += message.tally.metrics()
+            if not message.is_end:
+                is_empty = False
+                yield message.batch
+            elif message.batch is not None:
+                rests.append(message.batch)
+        if rests:
+            rest = _joined(rests)
+            places, size = range(len(rest[0])), self._share.batch_size
+            for start in range(0, len(places) - size + 1, size):
+                yield _picked(rest, places[start : start + size])
+            if is_empty and len(places) < size:
+                yield _picked(rest, list(islice(cycle(places), size)))
+        elif is_empty:
             raise ValueError(nothing_left(self._account))
-        self._account.end_epoch()
 
 
-def loader_settings(num_workers: int, pin_memory: bool) -> dict:
-    """What every `DataLoader` is made with here."""
-    return {
-        "num_workers": num_workers,
-        "persistent_workers": num_workers > 0,
-        "pin_memory": pin_memory,
+_loaders: WeakSet[DataLoader] = WeakSet()
+
+
+def worker_loader(dataset: Dataset, num_workers: int, pin_memory: bool, **options) -> DataLoader:
+    """How every `DataLoader` is made here; what the dataset gives is sent as it is."""
+    loader = DataLoader(
+        dataset,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+        collate_fn=_as_it_is,
         # DataLoader draws a number at the start of each iteration. From a generator of its own, so
         # that entering an epoch in the middle leaves the training's random state alone.
-        "generator": torch.Generator(),
-        "worker_init_fn": _leave_signals_to_the_trainer,
-    }
+        generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_the_trainer,
+        **options,
+    )
+    _loaders.add(loader)
+    return loader
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
@@ -389,8 +421,8 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """Else multiprocessing would send what is left of them the SIGTERM that they ignore, and wait
-    for ever."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    """Else multiprocessing would send those of a loader that is still referred to the SIGTERM that
+    they ignore, and wait for ever."""
+    for loader in _loaders:
+        if loader._iterator is not None:
+            loader._iterator._shutdown_workers()

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from glide_finetune.data.bad_samples import KINDS, BadSample, Skipped, describe_counts
+from glide_finetune.data.bad_samples import KINDS, BadSample, Skipped, describe_counts, in_one_line
 from glide_finetune.data.captions import read_captions
 from glide_finetune.data.metadata_files import METADATA_NAMES, MetadataCaptions, MetadataFile, Row
 from glide_finetune.data.path_list import PathFinder, PathList
@@ -36,8 +36,8 @@ class LeftOut:
     def add(self, name: str, kind: str, reason: str) -> None:
         self.counts[kind] += 1
         if len(self.named) < MAX_NAMED:
-            self.named.append(Skipped(name, kind, reason))
-            logger.warning("skipped %s: %s", name, reason)
+            self.named.append(Skipped(in_one_line(name), kind, reason))
+            logger.warning("skipped %s: %s", self.named[-1].name, reason)
 
 
 @dataclass

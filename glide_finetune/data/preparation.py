@@ -19,7 +19,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 from webdataset.writer import TarWriter
 
@@ -32,7 +32,7 @@ from glide_finetune.atomic_files import (
 )
 from glide_finetune.config import ConfigError, TrainConfig
 from glide_finetune.data.bad_samples import KINDS, BadSample, DataAccount, Tally, describe_counts
-from glide_finetune.data.dataloading import loader_settings
+from glide_finetune.data.dataloading import worker_loader
 from glide_finetune.data.folder_index import index_folder
 from glide_finetune.data.images import ImageSource, read_prepared
 from glide_finetune.data.shards import is_remote
@@ -190,11 +190,11 @@ def _prepared(
     source: Source, config: TrainConfig, start: Sequence[int], num_workers: int, rest: Tally
 ) -> Iterator[Prepared]:
     """All samples behind `start`, in order, made in several processes."""
-    loader = DataLoader(
+    loader = worker_loader(
         _Worker(source, (config.image_width, config.image_height), config.resize_ratio),
+        num_workers,
+        pin_memory=False,
         batch_sampler=_Messages(source, start, rest),
-        collate_fn=list,
-        **loader_settings(num_workers, pin_memory=False),
     )
     for message in loader:
         yield from message

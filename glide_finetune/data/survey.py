@@ -10,12 +10,12 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from glide_finetune.data.bad_samples import BadSample, Tally
 from glide_finetune.data.captions import default_tokenizer
-from glide_finetune.data.dataloading import loader_settings
+from glide_finetune.data.dataloading import worker_loader
 from glide_finetune.data.images import ImageSource, upright_size
 from glide_finetune.data.sample_recipe import SampleRecipe
 from glide_finetune.loader import TextImageDataset
@@ -91,10 +91,7 @@ def survey(dataset: TextImageDataset | ShardStream, num_workers: int) -> Survey:
     else:
         result.of = len(dataset)
         looks, places = _FolderLooks(dataset), _spread(len(dataset), MOST_SAMPLES)
-    loader = DataLoader(
-        looks, batch_size=16, sampler=places, collate_fn=list,
-        **loader_settings(num_workers, pin_memory=False),
-    )  # fmt: skip
+    loader = worker_loader(looks, num_workers, pin_memory=False, batch_size=16, sampler=places)
     collector = _Collector(result, recipe)
     with tqdm(
         desc="looking at the data", total=places and len(places), unit="sample", disable=None
