@@ -67,7 +67,8 @@ class StepDisplay:
             f"lr {metrics['lr']:<8.2e}",
             f"images/s {metrics['images_per_second']:<6.1f}",
         ]
-        if (waiting := metrics.get("data/wait_share", 0.0)) >= MUCH_WAITING:
+        waiting = metrics.get("data/wait_share", 0.0)
+        if waiting >= MUCH_WAITING and step > self._first_step + 1:  # workers start in the first
             columns.append(f"waiting for data {waiting:.0%}")
         if self._total:
             seconds = (now - self._started) / (step - self._first_step) * (self._total - step)

@@ -61,3 +61,13 @@ def test_in_a_terminal_there_is_a_bar(monkeypatch, caplog, capsys):
     show_steps(0, 3, 3)
     assert caplog.messages == []
     assert "3/3" in capsys.readouterr().err
+
+
+def test_much_waiting_for_data_is_told_but_for_the_first_step(clock, caplog):
+    caplog.set_level(logging.INFO)
+    with StepDisplay(0, 2) as display:
+        for step in (1, 2):
+            display.show(step, metrics() | {"data/wait_share": 0.25}, is_last=step == 2)
+    first, second = caplog.messages
+    assert "waiting" not in first
+    assert "waiting for data 25%" in second
