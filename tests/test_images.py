@@ -68,7 +68,9 @@ def half_and_half(mode: str, left, right, size: int = 64) -> Image.Image:
     return image
 
 
-def png(width: int, height: int, depth: int, colour: int, pixels: bytes) -> bytes:
+def png(
+    width: int, height: int, depth: int, colour: int, pixels: bytes, transparent: bytes = b""
+) -> bytes:
     """A PNG of any kind; `pixels` are its rows, each after a zero byte."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
@@ -76,7 +78,9 @@ def png(width: int, height: int, depth: int, colour: int, pixels: bytes) -> byte
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
 
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b""))
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
+    if transparent:
+        chunks.insert(1, (b"tRNS", transparent))
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*parts) for parts in chunks)
 
 
@@ -143,6 +147,34 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped():
 def test_sixteen_bit_colours_are_scaled(colour, pixel, want):
     row = b"\0" + struct.pack(f">{len(pixel)}H", *pixel) * 16
     assert near(colours(png(16, 16, 16, colour, row * 16))[0], want)
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "transparent", "clear", "opaque", "want"),
+    [
+        (1, 0, b"\0\0", b"\x00" * 2, b"\xff" * 2, 255),
+        (1, 0, b"\0\1", b"\xff" * 2, b"\x00" * 2, 0),
+        (2, 0, b"\0\1", b"\x55" * 4, b"\xaa" * 4, 170),
+        (4, 0, b"\0\3", b"\x33" * 8, b"\x55" * 8, 85),
+        (8, 0, b"\0\3", b"\x03" * 16, b"\x04" * 16, 4),
+        (16, 0, b"\x11\xff", b"\x11\xff" * 16, b"\x12\x00" * 16, 18),
+        (8, 2, b"\0\x11" * 3, b"\x11" * 48, b"\x12" * 48, 18),
+        (16, 2, b"\x11\xff" * 3, b"\x11\xff" * 48, b"\x12\x00" * 48, 18),
+    ],
+)
+def test_the_transparent_colour_of_a_png_of_any_depth_becomes_white(
+    depth, colour, transparent, clear, opaque, want
+):
+    rows = (b"\0" + clear) * 8 + (b"\0" + opaque) * 8
+    assert colours(png(16, 16, depth, colour, rows, transparent)) == [WHITE, (want,) * 3]
+
+
+def test_every_opacity_of_every_value_is_mixed_with_white_exactly():
+    value, alpha = np.mgrid[:256, :256].astype(np.uint8)
+    image = Image.fromarray(np.dstack([value, value, value, alpha]))
+    white = Image.new("RGBA", image.size, "white")
+    want = Image.alpha_composite(white, image).convert("RGB")
+    assert np.array_equal(to_rgb(image), want)
 
 
 @pytest.mark.parametrize("dtype", ["<u2", ">u2"])
@@ -359,6 +391,16 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(image_format, recw
     assert not recwarn
 
 
+def in_new_process(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(["tests", *sys.path])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
 @pytest.mark.slow
 def test_bombs_take_no_memory():
     """In a process of its own, whose peak of memory nothing else has raised."""
@@ -374,15 +416,28 @@ for image_format in ("PNG", "BMP", "GIF", "TIFF", "JPEG", "WEBP"):
     raise SystemExit(f"{image_format} was read")
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(["tests", *sys.path])},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    result = in_new_process(code)
     assert int(result.stdout) < 20  # MB
     assert not result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("depth", "colour", "row"),
+    [(8, 6, b"\x11" * 4 * 11_000), (16, 0, b"\x11" * 2 * 11_000)],
+    ids=["RGBA", "16-bit grey"],
+)
+def test_the_largest_images_take_one_gigabyte(tmp_path, depth, colour, row):
+    path = tmp_path / "large.png"
+    path.write_bytes(png(11_000, 11_000, depth, colour, (b"\0" + row) * 11_000))
+    code = f"""
+import resource
+from test_images import read_crop
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+read_crop({str(path)!r}, (64, 64))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    assert int(in_new_process(code).stdout) < 1100  # MB
 
 
 def test_large_images_below_the_limit_are_read_without_warning(monkeypatch):

@@ -149,11 +149,26 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
             with file, Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise BadSample(f"too many pixels ({image.width}x{image.height})")
+                _scale_transparency(image)
                 yield image
     except BadSample:
         raise
     except Exception as error:  # Pillow's decoders raise about a dozen types on broken files
         raise BadSample(_reason(error)) from error
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Make the transparent value or colour of a PNG what Pillow makes of pixels that have it.
+
+    Of the depths other than 8 bits it does so only for 1; 16-bit grey keeps its depth.
+    """
+    if image.format != "PNG" or "transparency" not in image.info or not image.tile:
+        return
+    stored, value = image.tile[0].args, image.info["transparency"]
+    if stored == "RGB;16B":
+        image.info["transparency"] = tuple(channel >> 8 for channel in value)
+    elif stored in ("L;2", "L;4"):
+        image.info["transparency"] = value * {"L;2": 85, "L;4": 17}[stored]
 
 
 def _reason(error: Exception) -> str:
@@ -248,18 +263,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         if image.mode == "La":  # its only conversion
             image = image.convert("LA")
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        if image.mode != "RGBA":  # a further copy, and of large images each takes half a gigabyte
+            image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        return white
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey (modes I;16 and, in older Pillows, I) to mode L; Pillow's own would clip."""
+    """16-bit grey (modes I;16 and, in older Pillows, I) to mode L, or LA where a value stands for
+    transparency; Pillow's own would clip."""
     values = np.asarray(image)
     if values.size and (values.min() < 0 or values.max() > 0xFFFF):
         raise BadSample("an image of 32-bit values, whose range is unknown")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    scaled = values.astype(np.uint32)
+    scaled += 128
+    scaled //= 257
+    grey = Image.fromarray(scaled.astype(np.uint8))
+    if "transparency" in image.info:
+        opaque = values != image.info["transparency"]
+        grey.putalpha(Image.fromarray(opaque.astype(np.uint8) * 255))
+    return grey
 
 
 def shrink(image: Image.Image, factor: int) -> Image.Image:
