@@ -52,9 +52,10 @@ def remove_temporary(folder: Path) -> list[Path]:
 
 def write_json_atomic(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` as indented JSON; non-finite numbers as in `valid_json`."""
-    text = json.dumps(valid_json(content), indent=2, ensure_ascii=False) + "\n"
+    # in ASCII, as names of files may hold bytes that are no text in any encoding
+    text = json.dumps(valid_json(content), indent=2) + "\n"
     with atomic_file(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("ascii"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -272,10 +272,16 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
+def cores() -> int:
+    """How many processor cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def default_workers() -> int:
     """Processes that load data: one less than the cores, as training needs one too; 8 at most."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, max(1, (cores or 1) - 1))
+    return min(8, max(1, cores() - 1))
 
 
 def read_prompts(config: TrainConfig) -> list[str]:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from glide_finetune.arguments import Parser, add_flag
-from glide_finetune.config import FIELDS, ConfigError, TrainConfig
+from glide_finetune.config import FIELDS, ConfigError, TrainConfig, cores
 from glide_finetune.config_checks import check_ranges
 
 # What is asked as in training, and decides what the shards hold.
@@ -36,7 +36,6 @@ def build_parser() -> Parser:
         "name that the shards had.",
         allow_abbrev=False,
     )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser.add_argument(
         "--output_dir",
         "-out",
@@ -47,7 +46,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--num_workers",
         type=int,
-        default=cores,
+        default=cores(),
         metavar="N",
         help="processes that decode and shrink (default: one a core)",
     )
@@ -72,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     typed = vars(parser.parse_args(argv))
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
+    for name in ("RANK", "WORLD_SIZE"):  # by which the shards would be divided among processes
+        os.environ.pop(name, None)
     settings = {name: typed.get(name, FIELDS[name].default) for name in TRAINING_FLAGS}
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("glide_finetune").setLevel(logging.INFO)

@@ -215,6 +215,71 @@ def test_captions_of_alamy_are_taken_from_the_metadata(tmp_path):
     assert sample["json"]["lc"] == "en"
 
 
+def test_all_languages_of_alamy_are_prepared(tmp_path):
+    members = {
+        language: {
+            "jpg": encoded(picture()),
+            "json": json.dumps({"lc": language, "caption": "a fox"}).encode(),
+        }
+        for language in ("de", "en")
+    }
+    source = write_shard(tmp_path / "in" / "0.tar", members)
+    prepare(source, tmp_path / "out", "--use_webdataset", "--wds_dataset_name", "alamy")
+    assert [sample["json"]["lc"] for sample in samples(tmp_path / "out")] == ["de", "en"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_a_launcher_left_in_the_environment_divides_nothing(tmp_path, monkeypatch, count):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for number in range(count):
+        members = {"a": {"jpg": encoded(picture()), "txt": b"caption"}}
+        write_shard(tmp_path / "in" / f"{number}.tar", members)
+    prepare(tmp_path / "in", tmp_path / "out", "--use_webdataset")
+    assert len(samples(tmp_path / "out")) == count
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+@pytest.mark.parametrize("data", [b"", encoded(picture())], ids=["bad", "good"])
+def test_names_that_are_no_text_stop_nothing(tmp_path, data):
+    source = write_folder(tmp_path / "in")
+    (source / os.fsdecode(b"\xffd.jpg")).write_bytes(data)
+    (source / os.fsdecode(b"\xffd.txt")).write_text("caption")
+    command = [sys.executable, "-m", "glide_finetune.prepare", "--num_workers", "0"]
+    command += ["--data_dir", source, "--output_dir", tmp_path / "out"]
+    result = subprocess.run(command, capture_output=True, check=False)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert f"{5 + bool(data)} samples in" in result.stdout.decode()
+    assert (b"xffd.jpg" in result.stdout or b"udcffd.jpg" in result.stdout) != bool(data)
+
+
+@pytest.mark.parametrize("shard_size", [1, 2, 3, 1000])
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_a_start_after_the_last_one_changes_nothing(tmp_path, kind, shard_size, caplog):
+    if kind == "folder":
+        source, flags = write_folder(tmp_path / "in", 7), ("--shard_size", shard_size)
+        (source / "sub" / "005.jpg").write_bytes(b"")
+    else:
+        source, flags = tmp_path / "in", ("--use_webdataset", "--shard_size", shard_size)
+        members = {f"{i}": {"jpg": encoded(picture(i)), "txt": b"caption"} for i in range(7)}
+        path = write_shard(source / "0.tar", members)
+        path.write_bytes(path.read_bytes()[:-11000])
+    reports = []
+    for start in range(3):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            prepare(source, tmp_path / "out", *flags)
+        reports.append(caplog.messages[-2:])
+        if start == 0:
+            before = content(tmp_path / "out")
+    assert reports[0] == reports[1] == reports[2]
+    assert "left out: 1 " in reports[0][0]
+    assert content(tmp_path / "out") == before
+    shards = {path.stem for path in (tmp_path / "out").glob("*.tar")}
+    stats = (tmp_path / "out").glob("*_stats.json")
+    assert {path.name.removesuffix("_stats.json") for path in stats} == shards
+
+
 @pytest.mark.parametrize("kind", ["folder", "shards"])
 @pytest.mark.parametrize("shards_left", range(5))
 def test_a_later_start_goes_on_where_the_last_one_ended(tmp_path, kind, shards_left, caplog):

@@ -119,6 +119,8 @@ class ShardSource:
             min_original_width=0,
             min_original_height=0,
         ).for_evaluation()
+        if config.wds_dataset_name == "alamy":
+            self.stream.reason_to_reject = None  # all languages: training chooses among them
         self.identity = _digest(self.stream.shards)
 
     def tasks(self, start: Sequence[int], rest: Tally) -> Iterator[Task]:
@@ -172,6 +174,12 @@ def prepare(
         source = FolderSource(config.data_dir, config.use_captions)
     _begin_or_go_on(out, _record(config, shard_size) | {"source": source.identity})
     shards = _Shards(out, shard_size)
+    if not shards.complete:
+        _fill(shards, source, config, num_workers)
+    _report(out, shards, source, " --train_upsample" * config.train_upsample)
+
+
+def _fill(shards: "_Shards", source: Source, config: TrainConfig, num_workers: int) -> None:
     account = DataAccount(source.samples)
     with tqdm(
         desc="preparing", total=source.samples, initial=shards.samples, unit="sample", disable=None
@@ -183,7 +191,6 @@ def prepare(
             bar.update()
         account.add(rest)
         shards.close(rest)
-    _report(out, shards, source, " --train_upsample" * config.train_upsample)
 
 
 def _prepared(
@@ -258,12 +265,14 @@ class _Shards:
 
     samples: of the source that are behind us. written: those of them that are in shards.
     after: where the source goes on. left_out: how many of each kind are not in shards.
+    complete: whether nothing of the source is left.
     """
 
     def __init__(self, out: Path, shard_size: int) -> None:
         self.out, self.shard_size = out, shard_size
         self.samples = self.written = self.number = 0
         self.after: list[int] = []
+        self.complete = False
         self.left_out: Counter[str] = Counter()
         self._members: list[dict[str, bytes]] = []
         self._tally = Tally()
@@ -280,29 +289,32 @@ class _Shards:
         self.samples += stats["samples"]
         self.written += stats["written"]
         self.after = stats["after"]
+        self.complete = stats["complete"]
         self.left_out += Counter(stats["left_out"])
 
     def add(self, prepared: Prepared) -> None:
-        """Take in the next sample, and write a shard if it is the last of one."""
+        """Take in the next sample, and first write the shard that has no place for it.
+
+        So the last shard is written by `close`, which knows that it is the last one.
+        """
+        if prepared.members and len(self._members) == self.shard_size:
+            self._write()
         self.after = prepared.after
         self._note(prepared.tally)
         if prepared.members:
             self._members.append(prepared.members)
-        if len(self._members) == self.shard_size:
-            self._write()
 
     def close(self, rest: Tally) -> None:
-        """Write what is left, with what came up behind the last sample."""
+        """Write the last shard, with what came up behind the last sample."""
         self._note(rest)
-        if self._members or self._tally != Tally():
-            self._write()
+        self._write(complete=True)
 
     def _note(self, tally: Tally) -> None:
         self._tally.samples += tally.samples
         self._tally.skipped += tally.skipped
         self._tally.filtered += tally.filtered
 
-    def _write(self) -> None:
+    def _write(self, complete: bool = False) -> None:
         if self._members:
             path = self.out / f"{self.number:05}.tar"
             with (
@@ -318,6 +330,7 @@ class _Shards:
             "left_out": kinds + self._tally.filtered,
             "skipped": [skipped._asdict() for skipped in self._tally.skipped],
             "after": self.after,
+            "complete": complete,
         }
         write_json_atomic(self._stats_path(), stats)
         self._count(stats)
