@@ -3,11 +3,11 @@
 import copy
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.filters import shuffle as shuffle_buffered
 from webdataset.utils import pytorch_worker_info
 
 from glide_finetune.config import DATASET_NAMES
@@ -28,9 +28,13 @@ from glide_finetune.seeds import derived_random
 logger = logging.getLogger(__name__)
 
 ALAMY_CAPTION = "caption"  # the field of Alamy's metadata
-# A list of texts in the metadata of any data set: the sample's captions, of which one is drawn each
-# time. They go before a caption of its own, in which line breaks are those of scraped text.
+# Where `glide_finetune.prepare` made a sample, its metadata has the first of these, and its
+# captions as a list of texts in the second. They go before a caption of its own, in which line
+# breaks are those of scraped text.
+PREPARED_FROM = "prepared_from"
 SEVERAL_CAPTIONS = "captions"
+
+BUFFER_BYTES = 2**28  # of encoded samples that each worker holds to shuffle
 
 # The user hears of it when the filters have let none of so many first samples pass.
 PATIENCE = 10_000
@@ -47,6 +51,11 @@ class RawSample:
     captions: tuple[str, ...]
     metadata: bytes  # JSON as it is stored, empty if there is none
     repeat: int = 0  # further passes over the shards in the same epoch
+
+    @property
+    def size(self) -> int:
+        """In bytes, about."""
+        return len(self.image or b"") + len(self.metadata) + sum(map(len, self.captions))
 
 
 class ShardStream(IterableDataset):
@@ -179,8 +188,7 @@ class ShardStream(IterableDataset):
         rng = derived_random(self.seed, epoch, "buffer", repeat, self.node, worker)
         if repeat:
             rng.shuffle(share)
-        shuffle = shuffle_buffered(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)
-        return shuffle(self._wanted(share, repeat, tally, on_rejection))
+        return _shuffled(self._wanted(share, repeat, tally, on_rejection), self.shuffle_buffer, rng)
 
     def make(self, raw: RawSample, epoch: int, tally: Tally) -> tuple:
         """The item of a sample; its draws derive from (seed, epoch, repeat, key).
@@ -264,7 +272,7 @@ class ShardStream(IterableDataset):
 
     def _captions(self, sample: TarSample, metadata: Mapping) -> tuple[str, ...]:
         """Empty if there is none. Raises BadSample for what is there, but is no caption."""
-        several = metadata.get(SEVERAL_CAPTIONS)
+        several = metadata.get(SEVERAL_CAPTIONS) if PREPARED_FROM in metadata else None
         if isinstance(several, list) and several:
             texts = several
         elif self.caption_in_metadata:
@@ -277,6 +285,27 @@ class ShardStream(IterableDataset):
         if texts and not captions:
             raise BadSample("the caption is blank", "caption")
         return captions
+
+
+def _shuffled(samples: Iterable[RawSample], most: int, rng: Random) -> Iterator[RawSample]:
+    """Each time a random one of those in a buffer of `most` samples and `BUFFER_BYTES`."""
+    buffer: list[RawSample] = []
+    size = 0
+
+    def draw() -> RawSample:
+        nonlocal size
+        place = rng.randint(0, len(buffer) - 1)
+        buffer[place], buffer[-1] = buffer[-1], buffer[place]
+        size -= buffer[-1].size
+        return buffer.pop()
+
+    for sample in samples:
+        buffer.append(sample)
+        size += sample.size
+        while len(buffer) >= most or size > BUFFER_BYTES:
+            yield draw()
+    while buffer:
+        yield draw()
 
 
 def _caption(text: object) -> str:
@@ -350,16 +379,17 @@ def glide_wds_loader(
             included; None for no limit.
         words_to_skip: captions with one of these words or phrases are left out.
         dataset_name: laion filters by its metadata; alamy takes the caption from the metadata and
-            only English ones; generic takes image and caption as they are. For each of them, a
-            list of texts named "captions" in the metadata, as the shards of
-            `glide_finetune.prepare` have, is several captions, of which one is drawn each time.
+            only English ones; generic takes image and caption as they are. For each of them, the
+            metadata that `glide_finetune.prepare` writes may list several captions, of which one
+            is drawn each time.
         upscale_factor: of the upsampler's high-res image.
         seed, epoch: what all draws and orders derive from. Every iteration gives the same items
             in the same order until `set_epoch(epoch)` is called on the result; in a loop of your
             own do so before each epoch.
         resize_ratio, random_hflip: as in `SampleRecipe`.
-        shuffle_buffer: encoded samples held by each worker to shuffle; also shuffles the order of
-            the shards. 0 leaves everything in stored order.
+        shuffle_buffer: encoded samples held by each worker to shuffle, fewer where they take more
+            than `BUFFER_BYTES`; also shuffles the order of the shards. 0 leaves everything in
+            stored order.
         return_keys: add "SHARD/KEY" as the last value of each item.
         text_ctx_len: tokens of a caption.
 

@@ -287,7 +287,7 @@ def test_captions_listed_in_the_metadata_are_drawn_from(tmp_path):
     members = {
         "jpg": jpeg(),
         "txt": b"not this",
-        "json": laion(captions=texts, lc="en", caption="nor this"),
+        "json": laion(captions=texts, lc="en", caption="nor this", prepared_from="a.png"),
     }
     shard = write_shard(tmp_path / "s.tar", {"000": members})
     for name in ("laion", "alamy", "generic"):
@@ -306,9 +306,38 @@ def test_captions_listed_in_the_metadata_are_drawn_from(tmp_path):
 
 @pytest.mark.parametrize("captions", [[], "text", None, {}])
 def test_without_a_list_of_captions_the_sample_has_its_own(tmp_path, captions):
-    shard = write_shard(tmp_path / "s.tar", {"000": one(caption="own", captions=captions)})
+    metadata = {"captions": captions, "prepared_from": "a.png"}
+    shard = write_shard(tmp_path / "s.tar", {"000": one(caption="own", **metadata)})
     (item,) = stream(shard)
     assert caption_of(*item[:2]) == "own"
+
+
+@pytest.mark.parametrize("captions", [["foreign"], [{"text": "foreign"}]])
+@pytest.mark.parametrize("name", ["laion", "alamy", "generic"])
+def test_a_list_of_captions_that_prepare_did_not_write_is_none(tmp_path, captions, name):
+    json_caption = "own" if name == "alamy" else "not this"
+    members = {
+        "jpg": jpeg(),
+        "txt": b"own",
+        "json": laion(captions=captions, lc="en", caption=json_caption),
+    }
+    (item,) = stream(write_shard(tmp_path / "s.tar", {"000": members}), dataset_name=name)
+    assert caption_of(*item[:2]) == "own"
+
+
+def test_the_shuffle_buffer_holds_a_limited_number_of_bytes(tmp_path, monkeypatch):
+    samples = {f"{i:02}": one(i, caption=f"caption {i}") for i in range(40)}
+    shard = write_shard(tmp_path / "s.tar", samples)
+    whole = keys(stream(shard, shuffle_buffer=1000))
+    room = 5 * max(sum(map(len, members.values())) for members in samples.values())
+    monkeypatch.setattr(wds_loader, "BUFFER_BYTES", room)
+    order = keys(stream(shard, shuffle_buffer=1000))
+    assert order == keys(stream(shard, shuffle_buffer=1000))
+    assert sorted(order) == sorted(samples)
+    assert order not in (whole, sorted(samples))
+    assert all(int(key) <= place + 10 for place, key in enumerate(order)), "only a few are held"
+    monkeypatch.setattr(wds_loader, "BUFFER_BYTES", 1)
+    assert keys(stream(shard, shuffle_buffer=1000)) == sorted(samples)
 
 
 @pytest.mark.parametrize("caption", [5, "\ud800", "a\0b", "  ", ["a"], "x" * 70_000])
