@@ -232,7 +232,9 @@ def _check_data(config: TrainConfig, name: str, path: str) -> None:
             expand_shards(path)
         else:
             check_folder(path, config.use_captions)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if config.dry_run and Path(path).expanduser().is_dir():
+            return  # there it is told, after all else that is
         hint = ""
         if not config.use_webdataset and _holds_shards(path):
             hint = "; for the tar shards in it add --use_webdataset"

@@ -286,3 +286,9 @@ def test_an_interrupted_look_tells_what_was_seen_so_far():
     config = parse_config([*SMALL, "--data_dir", "data"])
     (line, *_) = data_report.describe(found, config)
     assert line.remark == "of 50, as you stopped the look"
+
+
+def test_a_folder_with_nothing_usable_ends_with_status_1(capsys):
+    Path("data").mkdir()
+    assert main(["--dry_run", *SMALL, "--data_dir", "data"]) == 1
+    assert "data" in capsys.readouterr().err
