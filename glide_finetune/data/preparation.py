@@ -37,7 +37,13 @@ from glide_finetune.data.folder_index import index_folder
 from glide_finetune.data.images import ImageSource, read_prepared
 from glide_finetune.data.shards import is_remote
 from glide_finetune.data.wds_filter import parse_metadata
-from glide_finetune.wds_loader import SEVERAL_CAPTIONS, RawSample, ShardStream, glide_wds_loader
+from glide_finetune.wds_loader import (
+    PREPARED_FROM,
+    SEVERAL_CAPTIONS,
+    RawSample,
+    ShardStream,
+    glide_wds_loader,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -252,7 +258,7 @@ class _Worker(Dataset):
         for name, side in (("original_width", width), ("original_height", height)):
             if metadata.get(name) is None:
                 metadata[name] = side
-        metadata |= {"width": image.width, "height": image.height, "prepared_from": sample.name}
+        metadata |= {"width": image.width, "height": image.height, PREPARED_FROM: sample.name}
         members = {"jpg": encoded.getvalue()}
         if sample.captions:
             metadata[SEVERAL_CAPTIONS] = list(sample.captions)
