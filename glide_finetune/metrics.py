@@ -1,6 +1,9 @@
 """The figures of a run, through one object: metrics.jsonl and wandb."""
 
+import contextlib
 import json
+import logging
+import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +13,8 @@ from PIL import Image
 
 from glide_finetune.atomic_files import atomic_file, valid_json
 from glide_finetune.wandb_run import WandbRun, wandb_images, warn_of_failure
+
+logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
 WANDB_ID_NAME = "wandb_id.txt"
@@ -41,12 +46,14 @@ class MetricsLog:
         wandb_run: Any = None,
     ) -> None:
         self._file = None
+        self._unwritten = b""  # lines that a full disk has not taken yet
+        self._disk_takes_lines = True
         self._wandb, self._owns_wandb = wandb_run, False
         if run_dir is None:
             return
         path = run_dir / METRICS_NAME
         _rewind(path, resume_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         if project is not None:
             self._owns_wandb = True
             self._wandb = WandbRun(
@@ -65,9 +72,16 @@ class MetricsLog:
             for name, value in metrics.items()
         }
         line = json.dumps(valid_json({"step": step, **metrics}), ensure_ascii=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        self._unwritten += (line + "\n").encode("utf-8", errors="backslashreplace")
+        self._write_lines()
         self._send(lambda run: run.log(metrics, step))
+
+    def sync(self) -> None:
+        """Make the lines so far outlast a power cut, as the checkpoints after them do."""
+        if self._file:
+            self._write_lines()
+            with contextlib.suppress(OSError):  # `_write_lines` has told of a full disk
+                os.fsync(self._file.fileno())
 
     def log_images(
         self,
@@ -85,10 +99,25 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file and finish the wandb run; waits for uploads, for a limited time."""
         if self._file:
+            self._write_lines()
             self._file.close()
         if self._wandb and self._owns_wandb:
             self._wandb.finish()
         self._file = self._wandb = None
+
+    def _write_lines(self) -> None:
+        """Write what is not written yet, as much of it as the disk takes."""
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._disk_takes_lines = True
+        except OSError as error:
+            if self._disk_takes_lines:
+                logger.error(
+                    "%s cannot be written (%s): free some disk space; training goes on, and the "
+                    "lines follow once there is room", self._file.name, error.strerror,
+                )  # fmt: skip
+            self._disk_takes_lines = False
 
     def _send(self, call: Callable[[Any], None]) -> None:
         """Call wandb, which must not end training; `WandbRun` sees to that itself."""

@@ -1,6 +1,7 @@
 """Sample pictures of a training run: drawn from the averaged weights, shown in a labelled grid."""
 
 import contextlib
+import logging
 import math
 import textwrap
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from glide_finetune.atomic_files import atomic_file
 from glide_finetune.config import TrainConfig, read_prompts
 from glide_finetune.data import images
 from glide_finetune.glide_util import random_state_kept, sample, seed_draws
@@ -16,6 +18,8 @@ from glide_finetune.seeds import derived_seed
 
 if TYPE_CHECKING:
     from glide_finetune.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 PADDING = 4  # pixels around every cell
 CELL_WIDTH = 192  # smaller pictures are enlarged towards it, by a whole factor
@@ -117,7 +121,11 @@ class SampleDrawer:
         grid = labelled_grid(pictures, labels)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{trainer.progress.step:08d}.png"
-        grid.save(path)
+        try:
+            with atomic_file(path) as file:
+                grid.save(file, "png")
+        except OSError as error:
+            logger.error("the samples cannot be written to %s (%s)", path, error.strerror or error)
         trainer.log.log_images(
             "samples", [images.to_pil(picture) for picture in pictures], labels,
             trainer.progress.step,

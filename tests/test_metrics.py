@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import sys
 import threading
 import time
@@ -87,6 +88,26 @@ def test_a_run_that_begins_again_begins_its_file_again(tmp_path):
 
 def test_there_are_no_metrics_before_the_first(tmp_path):
     assert read_metrics(tmp_path) == []
+
+
+def test_lines_that_a_full_disk_refuses_follow_once_there_is_room(tmp_path, caplog):
+    log = MetricsLog(tmp_path)
+    log.log({"loss": 0.5}, 1)
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, usual[1]))
+    try:
+        log.log({"loss": 0.25}, 2)
+        log.log({"loss": 0.125}, 3)
+        log.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    (record,) = caplog.records  # once
+    assert "metrics.jsonl cannot be written (File too large)" in record.getMessage()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+    log.log({"loss": 0.0625}, 4)
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [0.5, 0.25, 0.125, 0.0625]
+    log.close()
 
 
 def test_a_silent_log_does_nothing():
