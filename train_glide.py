@@ -31,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.dry_run:
         print(json.dumps(config.to_dict(), indent=2), flush=True)
     # torch takes seconds to import, so it waits until the settings are known to be right
+    from glide_finetune.bad_steps import TrainingDiverged
     from glide_finetune.dry_run import dry_run
-    from glide_finetune.trainer import TrainingDiverged
+    from glide_finetune.memory import OutOfMemory
     from glide_finetune.training_run import run
     from glide_text2im.download import DownloadError
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             dry_run(config)
             return 0
         return run(config).exit_status
-    except (ValueError, OSError, DownloadError, TrainingDiverged) as error:
+    except (ValueError, OSError, DownloadError, TrainingDiverged, OutOfMemory) as error:
         if os.environ.get("GLIDE_TRACEBACK") == "1":
             traceback.print_exc()
         print(f"train_glide.py: error: {error}", file=sys.stderr)

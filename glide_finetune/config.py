@@ -138,6 +138,8 @@ class TrainConfig:
         help="weight decay of AdamW")
     max_grad_norm: float = flag(1.0, group=TRAINING, metavar="NORM",
         help="longer gradients are shortened to this norm, 0 for no limit")
+    loss_spike_factor: float = flag(0.0, group=TRAINING, metavar="F",
+        help="skip steps whose loss is more than F times its running mean, 0 for never")
     ema_rate: float = flag(0.0, group=TRAINING, metavar="RATE",
         help="decay of the moving average of the weights, such as 0.9999; 0 for none")
     vlb_weight: float = flag(0.001, group=TRAINING, metavar="W",

@@ -85,6 +85,7 @@ RANGES: dict[str, Range] = {
     "wds_epoch_samples": _FROM_ZERO,
     "adam_weight_decay": _FROM_ZERO,
     "max_grad_norm": _FROM_ZERO,
+    "loss_spike_factor": _FROM_ZERO,
     "vlb_weight": _FROM_ZERO,
     "test_guidance_scale": _FROM_ZERO,
     "learning_rate": Range(_LEAST, _MOST, "a number above 0"),

@@ -13,7 +13,8 @@ from glide_finetune.config import TrainConfig
 from glide_finetune.glide_util import read_image, seeded
 from glide_finetune.metrics import MetricsLog, read_metrics
 from glide_finetune.samples import SampleDrawer
-from glide_finetune.trainer import Progress, Trainer
+from glide_finetune.steps import Progress
+from glide_finetune.trainer import Trainer
 from glide_text2im.gaussian_diffusion import GaussianDiffusion
 
 
@@ -168,4 +169,4 @@ def run_glide_finetune_epoch(
         trainer.progress = Progress(epoch=epoch, step=step)
         with trainer.display(dataloader) as display:
             trainer.run_epoch(dataloader, display)
-        trainer.save()
+        trainer.finish()

@@ -1,15 +1,25 @@
-"""How much memory training takes."""
+"""How much memory training takes, how much there is, and what to do when it runs out."""
 
+import contextlib
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+
+from glide_finetune.config import TrainConfig
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None
+
+_CGROUP = Path("/sys/fs/cgroup")  # the limits of the container
+
+
+class OutOfMemory(RuntimeError):
+    """Training needs more memory than there is; the message has the figures and what to lower."""
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
@@ -19,6 +29,109 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     """
     peak = _process_peak() if device.type != "cuda" else torch.cuda.max_memory_allocated(device)
     return {} if peak is None else {"memory_gb": peak / 1e9}
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that this process can still take of the device's memory; None if nothing tells."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + unused
+    found = _main_memory()
+    return found and found[0]
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of the device's memory, or that the container may use of it; None if nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    found = _main_memory()
+    return found and found[1]
+
+
+def _main_memory() -> tuple[int, int] | None:
+    """(available, total): the least of what the machine has and what its container may use."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    text = meminfo.read_text()
+    available, total = (
+        1024 * int(re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)[1])
+        for name in ("MemAvailable", "MemTotal")
+    )
+    limit = _CGROUP / "memory.max"
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        statistics = (_CGROUP / "memory.stat").read_text()
+        file_cache = int(re.search(r"^inactive_file (\d+)", statistics, re.MULTILINE)[1])
+        used = int((_CGROUP / "memory.current").read_text()) - file_cache
+        available, total = min(available, int(text) - used), min(total, int(text))
+    return available, total
+
+
+def training_state_bytes(parameters: Iterable[torch.nn.Parameter], with_ema: bool) -> int:
+    """What weights, gradients, AdamW's moments and averaged weights take, whatever the batch."""
+    total = 0
+    for parameter in parameters:
+        total += parameter.nbytes
+        if parameter.requires_grad:
+            total += 3 * parameter.nbytes + (4 * parameter.numel() if with_ema else 0)
+    return total
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python could not get memory on any kind of device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator" in str(error) or "out of memory" in str(error).lower()
+    )
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(
+    config: TrainConfig, step: int, state_bytes: int, device: torch.device
+) -> Iterator[None]:
+    """Turns what torch or Python raises in the body when memory runs out into `OutOfMemory`.
+
+    Args:
+        step: the number of the step that is made.
+        state_bytes: those of `training_state_bytes`.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise OutOfMemory(_advice(config, step, state_bytes, device, error)) from error
+
+
+def _advice(
+    config: TrainConfig, step: int, state_bytes: int, device: torch.device, cause: BaseException
+) -> str:
+    """One line: what the step needs memory for, and which settings make it less."""
+    total = total_memory(device)
+    of_total = f"of {total / 1e9:.1f} GB " if total else ""
+    average = ", moments and average" if config.ema_rate else " and moments"
+    advice = []
+    if config.batch_size > 1:
+        advice.append(
+            f"lower --batch_size (now {config.batch_size}) and raise --gradient_accumulation_steps "
+            f"(now {config.gradient_accumulation_steps}) by as much, which trains the same"
+        )
+    if not config.activation_checkpointing:
+        advice.append("add --activation_checkpointing")
+    if config.precision == "fp32":
+        advice.append("compute in half precision with --precision bf16")
+    if not (config.freeze_transformer or config.freeze_diffusion):
+        advice.append("train only a part with --freeze_transformer")
+    advice.append("choose a smaller --model_preset or image size")
+    reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+    return (
+        f"not enough memory for step {step}: {of_total}weights, gradients{average} take "
+        f"{state_bytes / 1e9:.2f} GB whatever the batch, a batch of {config.batch_size} at "
+        f"{config.image_width}x{config.image_height} the rest. What helps most first: "
+        f"{'; '.join(advice)} ({reason})"
+    )
 
 
 def _process_peak() -> int | None:

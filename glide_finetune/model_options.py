@@ -92,7 +92,7 @@ def described_model(weights: Path) -> tuple[str, dict[str, Any]]:
     Those options are left out that say how to compute rather than what the network is. ("", {})
     where there is no such JSON, with a warning if there is one that cannot be used.
     """
-    path = weights.with_name(weights.stem.removesuffix("-ema") + ".json")
+    path = description_path(weights)
     if not path.exists():
         return "", {}
     try:
@@ -102,6 +102,11 @@ def described_model(weights: Path) -> tuple[str, dict[str, Any]]:
         logger.warning("%s describes no model: the weights are used without it", path)
         return "", {}
     return kind, {key: value for key, value in options.items() if key not in _OF_COMPUTING}
+
+
+def description_path(weights: Path) -> Path:
+    """Where the JSON beside a checkpoint's weights, plain or averaged, is or would be."""
+    return weights.with_name(weights.stem.removesuffix("-ema") + ".json")
 
 
 def parse_model_option(text: str) -> tuple[str, Any]:

@@ -51,12 +51,21 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
             for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
         ]
         optimizer.load_state_dict({**state, "param_groups": groups})
+        _check_moments(optimizer)
     except ValueError:
         raise ValueError(
-            "the training state was made with other parameters frozen: give the same "
-            "--freeze_transformer and --freeze_diffusion, or start from the .pt file with "
-            "--weights_only"
+            "the training state belongs to another model or was made with other parameters "
+            "frozen: give the same --freeze_transformer and --freeze_diffusion, or start from the "
+            ".pt file with --weights_only"
         ) from None
+
+
+def _check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """ValueError unless the moments have the shapes of their parameters."""
+    for parameter, state in optimizer.state.items():
+        for moment in state.values():
+            if torch.is_tensor(moment) and moment.ndim and moment.shape != parameter.shape:
+                raise ValueError
 
 
 def learning_rate_factor(

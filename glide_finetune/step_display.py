@@ -49,7 +49,7 @@ class StepDisplay:
 
     def show(self, step: int, metrics: dict[str, Any], *, is_last: bool = False) -> None:
         """Show that `step` is made, with these metrics."""
-        self._bar.update()
+        self._bar.update(step - self._bar.n)  # 0 for a step that a resumed run reports again
         self._bar.set_postfix(
             epoch=metrics["epoch"], loss=f"{metrics['loss']:.4f}",
             images_s=f"{metrics['images_per_second']:.1f}",
@@ -70,7 +70,7 @@ class StepDisplay:
         waiting = metrics.get("data/wait_share", 0.0)
         if waiting >= MUCH_WAITING and step > self._first_step + 1:  # workers start in the first
             columns.append(f"waiting for data {waiting:.0%}")
-        if self._total:
+        if self._total and step > self._first_step:
             seconds = (now - self._started) / (step - self._first_step) * (self._total - step)
             columns.append(f"left {tqdm.format_interval(seconds)}")
         return "  ".join(columns).rstrip()

@@ -5,63 +5,47 @@ the epoch and its position; so a run that goes on from a checkpoint makes the sa
 that never stopped, and no random state needs to be kept.
 """
 
-import itertools
 import logging
 import math
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from glide_finetune import checkpoints
+from glide_finetune.bad_steps import BadSteps
 from glide_finetune.batch_losses import LossMeter, batch_losses
+from glide_finetune.checkpoint_writer import CheckpointWriter
+from glide_finetune.checkpoints import CheckpointFiles, read_training_state
 from glide_finetune.config import TrainConfig
 from glide_finetune.ema import EMA
 from glide_finetune.fp16_util import Precision
 from glide_finetune.glide_util import seed_draws
-from glide_finetune.memory import peak_memory
+from glide_finetune.memory import out_of_memory_explained, peak_memory, training_state_bytes
 from glide_finetune.metrics import MetricsLog
 from glide_finetune.optimization import learning_rate_factor, restore_optimizer
 from glide_finetune.seeds import derived_seed
 from glide_finetune.step_display import StepDisplay
-from glide_finetune.weights import read_weights
+from glide_finetune.steps import (
+    Progress,
+    StepTimer,
+    groups_of,
+    image_count,
+    is_time,
+    sample_keys,
+    with_last,
+)
+from glide_finetune.weights import WeightsError, read_weights
 from glide_text2im.gaussian_diffusion import GaussianDiffusion
 
 logger = logging.getLogger(__name__)
 
-# Skipped steps in a row after which a run is beyond recovery. fp16 skips some at its start, until
-# it has found its loss scale.
-MAX_BAD_STEPS = 25
 
-
-class TrainingDiverged(RuntimeError):
-    """Loss or gradients have not been finite for many steps; the message says what to do."""
-
-
-@dataclass
-class Progress:
-    """Where a run is. Counts are since its start, over all epochs.
-
-    epoch: epochs that are complete. batch: batches of the current one that are used up.
-    step: optimizer steps, those included that were skipped, and those before the run where it
-    began with the training state of another one: `first_step`. images: trained on.
-    skipped_steps: whose loss or gradient was not finite; skipped_in_a_row: the last of them.
-    left_out: how many samples the data left out, by reason, as in `Tally.metrics`.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    first_step: int = 0
-    images: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)
+class _Interrupted(Exception):
+    """What happens between two steps is left, since training shall stop."""
 
 
 class Trainer:
@@ -76,7 +60,7 @@ class Trainer:
         device: where to compute.
         validate: called as validate(trainer) every `eval_interval` steps and at the end; returns
             metrics.
-        trained_from: what the first weights were, for the checkpoint's description.
+        provenance: what the model is trained from, for the descriptions of checkpoints.
         run_folder: where checkpoints go.
         log: takes the metrics.
         draw_samples: called as draw_samples(trainer) every `log_frequency` steps and at the end.
@@ -100,7 +84,7 @@ class Trainer:
         options: dict[str, Any],
         device: torch.device | str,
         validate: Callable[["Trainer"], dict[str, float]] | None = None,
-        trained_from: str = "",
+        provenance: dict[str, Any] | None = None,
         run_folder: Path | None = None,
         log: MetricsLog | None = None,
         draw_samples: Callable[["Trainer"], Any] | None = None,
@@ -114,7 +98,7 @@ class Trainer:
         self.run_folder = run_folder
         self.log = log or MetricsLog(None)
         self.draw_samples = draw_samples
-        self.trained_from = trained_from
+        self.provenance = provenance or {}
         self.precision = Precision(config.precision, self.device)
         self.scaler = self.precision.grad_scaler()
         self.ema = EMA(model, config.ema_rate) if config.ema_rate else None
@@ -122,22 +106,41 @@ class Trainer:
         self.stop_requested = False
         self._validate = validate
         self._learning_rates = [group["lr"] for group in optimizer.param_groups]
+        self._bad_steps = BadSteps(config.loss_spike_factor)
         self._total_steps: int | None = None
-        self._saved_step = 0
+        self._writer: CheckpointWriter | None = None
+        self._saved_step = 0  # that of the checkpoint that the run goes on from
         self._last_metrics: dict[str, float] = {}
+        # The metrics of the last step and whether it ends the run, if `_after_step` was left.
+        self._unreported: tuple[dict[str, float], bool] | None = None
 
     # ---------------------------------------------------------------- the loop
     def train(self, loader: Iterable) -> None:
-        """Run epochs until the last one, the last step, or a request to stop; then save."""
-        if self.reached_end():
+        """Run epochs until the last one, the last step, or a request to stop; then save.
+
+        Raises:
+            OSError: the last checkpoint cannot be written.
+            TrainingDiverged: too many steps in a row had to be skipped.
+            OutOfMemory: a step does not fit.
+        """
+        with self.display(loader) as display:
+            try:
+                self._train(loader, display)
+            finally:
+                self._wait_for_checkpoint()
+        self.finish()
+
+    def _train(self, loader: Iterable, display: StepDisplay) -> None:
+        if self._unreported:
+            self._saved_step = 0  # what the checkpoint lacks is made up for now
+            self._after_step(*self._unreported, display)
+        elif self.reached_end():
             logger.warning(
                 "nothing left to train: the run has made its %d steps in %d epochs; raise "
                 "--max_steps or --epochs to go on", self.progress.step, self.progress.epoch,
             )  # fmt: skip
-        with self.display(loader) as display:
-            while not (self.reached_end() or self.stop_requested):
-                self.run_epoch(loader, display)
-        self.save()
+        while not (self.reached_end() or self.stop_requested):
+            self.run_epoch(loader, display)
 
     def display(self, loader: Iterable) -> StepDisplay:
         """What shows the steps of this run."""
@@ -156,6 +159,7 @@ class Trainer:
         Raises:
             ValueError: there is no batch in the epoch.
             TrainingDiverged: too many steps in a row had to be skipped.
+            OutOfMemory: a step does not fit.
         """
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.progress.epoch, start_batch=self.progress.batch)
@@ -165,10 +169,14 @@ class Trainer:
         self.model.train()
         timer = StepTimer(loader)
         groups = groups_of(self.config.gradient_accumulation_steps, timer)
+        state_bytes = training_state_bytes(self.model.parameters(), self.ema is not None)
         for batches, ends_epoch in with_last(groups):
-            metrics = self.train_step(batches) | timer.metrics(_image_count(batches))
+            with out_of_memory_explained(
+                self.config, self.progress.step + 1, state_bytes, self.device
+            ):
+                metrics = self.train_step(batches) | timer.metrics(image_count(batches))
             is_last = ends_epoch and self.progress.epoch + 1 >= self.config.epochs
-            self._after_step(metrics, display, is_last or self._made_max_steps())
+            self._after_step(metrics, is_last or self._made_max_steps(), display)
             if self.reached_end() or self.stop_requested:
                 return
             timer.start()
@@ -180,13 +188,13 @@ class Trainer:
     def train_step(self, batches: list) -> dict[str, float]:
         """Make one optimizer step with the mean gradient over all samples of `batches`.
 
-        A step whose loss or gradient is not finite leaves the weights as they are.
+        A step that `BadSteps` calls bad leaves the weights as they are.
 
         Returns:
             The metrics of the step: losses are means over its samples.
         """
         learning_rate = self._set_learning_rate()
-        image_count = _image_count(batches)
+        images = image_count(batches)
         meter = LossMeter(self.diffusion.num_timesteps)
         for index, batch in enumerate(batches):
             seed_draws(
@@ -197,25 +205,23 @@ class Trainer:
                     self.model, self.diffusion, batch, self.device,
                     vlb_weight=self.config.vlb_weight, loss_weighting=self.config.loss_weighting,
                 )  # fmt: skip
-            self.scaler.scale(losses.loss.sum() / image_count).backward()
+            self.scaler.scale(losses.loss.sum() / images).backward()
             meter.add(losses, timesteps)
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(
             self.model.parameters(), self.config.max_grad_norm or math.inf
         )
         metrics = meter.means(grad_norm=grad_norm) | {"lr": learning_rate}
-        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+        keys = sample_keys(batches)
+        if not self._bad_steps.is_bad(self.progress, metrics["loss"], metrics["grad_norm"], keys):
             self.scaler.step(self.optimizer)
             if self.ema:
                 self.ema.update()
-            self.progress.skipped_in_a_row = 0
-        else:
-            self._skip(metrics, batches)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.batch += len(batches)
-        self.progress.images += image_count
+        self.progress.images += images
         left_out = Counter(self.progress.left_out)
         for batch in batches:
             left_out.update(getattr(batch, "left_out", {}))
@@ -232,36 +238,44 @@ class Trainer:
             group["lr"] = rate * factor
         return self.optimizer.param_groups[0]["lr"]
 
-    def _skip(self, metrics: dict[str, float], batches: list) -> None:
-        """Count and report a step that is not made."""
-        self.progress.skipped_steps += 1
-        self.progress.skipped_in_a_row += 1
-        logger.warning(
-            "step %d skipped: loss %g, gradient norm %g; samples: %s",
-            self.progress.step + 1, metrics["loss"], metrics["grad_norm"],
-            ", ".join(_keys(batches)) or "unknown",
-        )  # fmt: skip
-        if self.progress.skipped_in_a_row >= MAX_BAD_STEPS:
-            raise TrainingDiverged(
-                f"loss or gradient were not finite in {MAX_BAD_STEPS} steps in a row, up to step "
-                f"{self.progress.step + 1}: go on from an earlier checkpoint with a lower "
-                "--learning_rate, a lower --max_grad_norm, or --precision bf16 instead of fp16"
-            )
-
     # ------------------------------------------------------- between the steps
-    def _after_step(self, metrics: dict[str, float], display: StepDisplay, is_last: bool) -> None:
-        """Validate, log, draw samples and save, each if it is time for it."""
+    def _after_step(self, metrics: dict[str, float], is_last: bool, display: StepDisplay) -> None:
+        """Validate, log, draw samples and save, each if it is time for it.
+
+        Who asks training to stop need not wait for validation and samples: they are left, and the
+        resumed run begins with them.
+        """
         step, config = self.progress.step, self.config
-        metrics |= {"epoch": self.progress.epoch, **peak_memory(self.device)}
-        if self._validate and (is_last or is_time(step, config.eval_interval)):
-            metrics |= self._validate(self)
-        self.log.log(metrics, step)
-        self._last_metrics = metrics
-        display.show(step, metrics, is_last=is_last)
-        if self.draw_samples and (is_last or is_time(step, config.log_frequency)):
-            self.draw_samples(self)
+        validates = self._validate and (is_last or is_time(step, config.eval_interval))
+        draws = self.draw_samples and (is_last or is_time(step, config.log_frequency))
+        all_metrics = metrics | {"epoch": self.progress.epoch, **peak_memory(self.device)}
+        if validates:
+            all_metrics |= self._unless_stopping(self._validate) or {}
+        self.log.log(all_metrics, step)
+        self._last_metrics = all_metrics
+        display.show(step, all_metrics, is_last=is_last)
+        if draws:
+            self._unless_stopping(self.draw_samples)
+        left = self.stop_requested and (validates or draws)
+        self._unreported = (metrics, is_last) if left else None
         if is_time(step, config.save_checkpoint_interval):
             self.save()
+
+    def _unless_stopping(self, action: Callable[["Trainer"], Any]) -> Any:
+        """The result of action(self), which is left at its next use of the model when training
+        shall stop; None then."""
+
+        def leave_if_stopping(*_: Any) -> None:
+            if self.stop_requested:
+                raise _Interrupted
+
+        hook = self.model.register_forward_pre_hook(leave_if_stopping)
+        try:
+            return action(self)
+        except _Interrupted:
+            return None
+        finally:
+            hook.remove()
 
     def _count_steps(self, loader: Iterable) -> int | None:
         """Optimizer steps of the whole run; None where the data does not tell its length."""
@@ -281,19 +295,29 @@ class Trainer:
 
     # ------------------------------------------------------------- checkpoints
     def save(self) -> None:
-        """Write a checkpoint, unless no step was made since the last one or since the start."""
-        if self._saved_step == self.progress.step:
+        """Begin to write a checkpoint, unless no step was made since the last one or the start.
+
+        Training need not wait until it is written; one that cannot be is an error in the log, and
+        the next one is tried in its turn.
+        """
+        if self._writer is None:
+            self._writer = CheckpointWriter(self.run_folder, self.config.keep_checkpoints)
+        self._writer.wait()
+        if self.progress.step in (self._saved_step, self._writer.saved_step):
             return
-        checkpoints.save_checkpoint(
-            self.run_folder,
+        self.log.sync()
+        self._writer.save(
             epoch=self.progress.epoch,
             step=self.progress.step,
             model_state=self.model.state_dict(),
             ema_state=self.ema.model_state() if self.ema else None,
             training_state={
                 "progress": asdict(self.progress),
+                "unreported": self._unreported,
+                "batch_size": self.config.batch_size,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
+                "bad_steps": self._bad_steps.state_dict(),
                 "ema_updates": self.ema.updates if self.ema else 0,
             },
             description={
@@ -302,14 +326,30 @@ class Trainer:
                 "precision": self.config.precision,
                 "vlb_weight": self.config.vlb_weight,
                 "metrics": self._last_metrics,
-                "trained_from": self.trained_from,
+                **self.provenance,
             },
         )
-        self._saved_step = self.progress.step
-        if self.config.keep_checkpoints:
-            checkpoints.prune(self.run_folder, self.config.keep_checkpoints)
 
-    def restore(self, files: checkpoints.CheckpointFiles, *, new_run: bool = False) -> None:
+    def finish(self) -> None:
+        """Save, and wait until the checkpoint is written.
+
+        Raises:
+            OSError: it cannot be.
+        """
+        self.save()
+        if error := self._wait_for_checkpoint():
+            raise error
+
+    def _wait_for_checkpoint(self) -> Exception | None:
+        """Until none is being written; why the last one could not be written, if so."""
+        return self._writer.wait() if self._writer else None
+
+    @property
+    def reported_step(self) -> int:
+        """The last step whose metrics are complete."""
+        return self.progress.step - (self._unreported is not None)
+
+    def restore(self, files: CheckpointFiles, *, new_run: bool = False) -> None:
         """Go on from a checkpoint whose weights the model already has.
 
         A `new_run` takes optimizer, loss scale, average and the count of steps, but begins with
@@ -318,76 +358,26 @@ class Trainer:
         Raises:
             ValueError: the training state is damaged or belongs to other parameters.
         """
-        state = checkpoints.read_training_state(files.training_state)
-        restore_optimizer(self.optimizer, state["optimizer"])
-        if state["scaler"]:  # else it was not saved under fp16
-            self.scaler.load_state_dict(state["scaler"])
-        if self.ema and files.ema:
-            self.ema.load(read_weights(files.ema), state["ema_updates"])
-        self.progress = Progress(**state["progress"])
+        state = read_training_state(files.training_state)
+        try:
+            restore_optimizer(self.optimizer, state["optimizer"])
+            if state["scaler"]:  # else it was not saved under fp16
+                self.scaler.load_state_dict(state["scaler"])
+            if self.ema and files.ema:
+                self.ema.load(read_weights(files.ema), state["ema_updates"])
+            progress = Progress(**state["progress"])
+            if "bad_steps" in state:  # which older versions did not keep
+                self._bad_steps.load_state_dict(state["bad_steps"])
+        except (LookupError, TypeError, AttributeError):
+            raise WeightsError(
+                f"{files.training_state} is no training state: give --weights_only with the .pt "
+                "file beside it to start without"
+            ) from None
+        self._unreported = state.get("unreported")
+        saved_batch_size = state.get("batch_size", self.config.batch_size)
+        progress.batch = progress.batch * saved_batch_size // self.config.batch_size
         if new_run:
-            step = self.progress.step
-            self.progress = Progress(step=step, first_step=step)
-        self._saved_step = self.progress.step
-
-
-class StepTimer:
-    """Passes batches on and takes the time of steps: that between `start` and `metrics`, in which
-    the batches of the next step are fetched, but not samples drawn or checkpoints saved.
-    """
-
-    def __init__(self, loader: Iterable) -> None:
-        self._loader = loader
-        self.start()
-
-    def start(self) -> None:
-        self._waited, self._started = 0.0, time.perf_counter()
-
-    def __iter__(self) -> Iterator[Any]:
-        batches, end = iter(self._loader), object()
-        while True:
-            started = time.perf_counter()
-            batch = next(batches, end)
-            self._waited += time.perf_counter() - started
-            if batch is end:
-                return
-            yield batch
-
-    def metrics(self, image_count: int) -> dict[str, float]:
-        """Images per second, and the share of the time, 0 to 1, that was spent on the data."""
-        seconds = time.perf_counter() - self._started
-        return {
-            "images_per_second": image_count / seconds,
-            "data/wait_share": self._waited / seconds,
-        }
-
-
-def is_time(step: int, interval: int) -> bool:
-    """Whether something that happens every `interval` steps, 0 for never, happens after `step`."""
-    return interval > 0 and step % interval == 0
-
-
-def groups_of(size: int, items: Iterable) -> Iterator[list]:
-    """Lists of `size` successive items; the last one may be shorter."""
-    iterator = iter(items)
-    while group := list(itertools.islice(iterator, size)):
-        yield group
-
-
-def with_last(items: Iterable) -> Iterator[tuple[Any, bool]]:
-    """Each item with whether it is the last; so the one behind it is fetched first."""
-    iterator = iter(items)
-    for item in iterator:
-        for following in iterator:
-            yield item, False
-            item = following
-        yield item, True
-
-
-def _image_count(batches: list) -> int:
-    return sum(len(batch[0]) for batch in batches)
-
-
-def _keys(batches: list) -> list[str]:
-    """The keys of all samples, where the loader gives them."""
-    return [key for batch in batches if not torch.is_tensor(batch[-1]) for key in batch[-1]]
+            progress = Progress(step=progress.step, first_step=progress.step)
+            self._unreported = None
+        self.progress = progress
+        self._saved_step = progress.step

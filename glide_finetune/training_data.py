@@ -1,5 +1,7 @@
 """The data of a run: batches to train on, images to validate on, one to draw samples from."""
 
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +15,7 @@ from glide_finetune.data.dataloading import (
     make_dataloader,
     split_validation,
 )
+from glide_finetune.data.shards import shard_names
 from glide_finetune.loader import TextImageDataset
 from glide_finetune.wds_loader import ShardStream, glide_wds_loader
 
@@ -25,12 +28,14 @@ class TrainingData:
     validation: items without keys and without anything random, if there is validation.
     low_res: (1, 3, side_y, side_x) in [-1, 1], for the samples of an upsampler.
     description: one line about it all.
+    fingerprint: changes with the names of the images, or the names and sizes of the shards.
     """
 
     loader: FolderBatches | ShardBatches
     validation: Sequence | None
     low_res: torch.Tensor | None
     description: str
+    fingerprint: str
 
 
 def make_training_data(
@@ -60,7 +65,13 @@ def make_training_data(
         device=device,
         epoch_samples=config.wds_epoch_samples,
     )
-    return TrainingData(loader, validation, low_res, _describe(config, training, validation))
+    return TrainingData(
+        loader,
+        validation,
+        low_res,
+        _describe(config, training, validation),
+        _fingerprint(training),
+    )
 
 
 def make_dataset(
@@ -133,6 +144,20 @@ def _held_back_low_res(
         training, validation = hold_back(training, 1, seed)
     low_res = (validation or training.for_evaluation())[0][2]
     return training, low_res.unsqueeze(0)
+
+
+def _fingerprint(training: TextImageDataset | ShardStream) -> str:
+    if isinstance(training, ShardStream):
+        names = [
+            f"{name} {os.path.getsize(shard) if os.path.isfile(shard) else ''}"
+            for shard, name in shard_names(training.shards).items()
+        ]
+    else:
+        names = training.keys
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(os.fsencode(name) + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _describe(

@@ -14,13 +14,23 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from glide_finetune import demo
-from glide_finetune.atomic_files import remove_temporary
+from glide_finetune.atomic_files import read_json, remove_temporary
 from glide_finetune.checkpoints import CheckpointFiles, files_beside, newest_checkpoint
-from glide_finetune.config import FIELDS, TrainConfig, recorded
+from glide_finetune.config import DATA, FIELDS, TRAINING, TrainConfig, recorded
 from glide_finetune.glide_util import load_model, read_image
+from glide_finetune.memory import available_memory, training_state_bytes
 from glide_finetune.metrics import MetricsLog
+from glide_finetune.model_options import description_path
 from glide_finetune.optimization import make_optimizer
-from glide_finetune.runs import ARGS_NAME, create_run, interpret_resume, read_args, write_args
+from glide_finetune.runs import (
+    ARGS_NAME,
+    Start,
+    create_run,
+    interpret_resume,
+    locked,
+    read_args,
+    write_args,
+)
 from glide_finetune.samples import SampleDrawer
 from glide_finetune.trainer import Trainer
 from glide_finetune.training_data import TrainingData, make_training_data
@@ -48,16 +58,24 @@ def run(config: TrainConfig) -> Outcome:
     """Train as `config` says.
 
     Raises:
-        ValueError, OSError, DownloadError, TrainingDiverged: with one line for the user, about
-            data, weights or numbers that make training impossible.
+        ValueError, OSError, DownloadError, TrainingDiverged, OutOfMemory: with one line for the
+            user, about data, weights, numbers or a machine that make training impossible.
     """
     if config.demo:
         demo.prepare(config)
+    with contextlib.ExitStack() as stack:
+        start = interpret_resume(config.resume_ckpt, config.checkpoints_dir)
+        if start.run_dir:  # before its checkpoints are looked for, which change while it is trained
+            stack.enter_context(locked(start.run_dir))
+        return _run(config, find_origin(config, start), stack)
+
+
+def _run(config: TrainConfig, origin: "Origin", stack: contextlib.ExitStack) -> Outcome:
+    """Train as `config` says; `stack` holds the lock of the run for as long as that takes."""
     device = pick_device(config.device)
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     torch.manual_seed(config.seed)
 
-    origin = find_origin(config)
     checkpoint = origin.checkpoint
     # first the data, since mistakes in it should not have to wait for a download
     data = make_training_data(config, config.options, device)
@@ -73,6 +91,12 @@ def run(config: TrainConfig) -> Outcome:
         model_options=config.options,
         device=device,
     )
+    settings = recorded(config) | origin.first
+    provenance = {
+        "trained_from": origin.first["resume_ckpt"] or config.init,
+        "data": {"description": data.description, "fingerprint": data.fingerprint},
+        "settings": settings,
+    }
     trainer = Trainer(
         model,
         diffusion,
@@ -81,9 +105,9 @@ def run(config: TrainConfig) -> Outcome:
         options=options,
         device=device,
         validate=data.validation and Validator(data.validation, config, diffusion.num_timesteps),
-        trained_from=origin.first["resume_ckpt"] or config.init,
+        provenance=provenance,
     )
-    if checkpoint and checkpoint.training_state and not origin.weights_only:
+    if origin.brings_training_state:
         trainer.restore(checkpoint, new_run=not origin.goes_on)
         if not origin.goes_on and trainer.reached_end():
             raise ValueError(
@@ -94,20 +118,22 @@ def run(config: TrainConfig) -> Outcome:
 
     # from here on something is written
     trainer.run_folder = run_folder = origin.run_dir or create_run(config.checkpoints_dir)
-    remove_temporary(run_folder)
-    settings = recorded(config) | origin.first
+    if not origin.run_dir:
+        stack.enter_context(locked(run_folder))
+    for folder in (run_folder, run_folder / SAMPLES_NAME):
+        remove_temporary(folder)
     write_args(run_folder, settings)
     if config.log_frequency:
         trainer.draw_samples = SampleDrawer(config, options, run_folder / SAMPLES_NAME, low_res)
     trainer.log = MetricsLog(
         run_folder,
-        resume_step=checkpoint.step if checkpoint and origin.goes_on else None,
+        resume_step=trainer.reported_step if origin.goes_on else None,
         project=config.project_name,
         config=settings,
     )
     with contextlib.closing(trainer.log):
         announce(trainer, data)
-        warn_of_changes(origin.settings, settings)
+        warn_of_changes(origin, provenance)
         with logging_redirect_tqdm(), stopping_on_signals(trainer) as received:
             trainer.train(data.loader)
     return report_end(trainer, received)
@@ -144,7 +170,8 @@ class Origin:
     goes_on: whether `checkpoint` is one of that run's own.
     first: the settings `resume_ckpt` and `weights_only` that the run began with, which it needs
         again if it stops before its first checkpoint.
-    settings: those that the run was last started with; empty for a new one.
+    settings: those that the run was last started with, or that the training state in `checkpoint`
+        was made with; empty for a new one.
     """
 
     run_dir: Path | None = None
@@ -154,13 +181,27 @@ class Origin:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def weights_only(self) -> bool:
-        return self.first["weights_only"] and not self.goes_on
+    def brings_training_state(self) -> bool:
+        """Whether optimizer and step come along with the weights."""
+        if not (self.checkpoint and self.checkpoint.training_state):
+            return False
+        return self.goes_on or not self.first["weights_only"]
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The JSON beside the checkpoint; empty if there is none that can be read."""
+        try:
+            return read_json(description_path(self.checkpoint.weights))
+        except ValueError:
+            return {}
 
 
-def find_origin(config: TrainConfig) -> Origin:
-    """What `--resume_ckpt` means at this moment; of a run the newest whole checkpoint."""
-    start = interpret_resume(config.resume_ckpt, config.checkpoints_dir)
+def find_origin(config: TrainConfig, start: Start) -> Origin:
+    """What the training process goes on from at this moment; of a run the newest whole checkpoint.
+
+    Args:
+        start: what `--resume_ckpt` of `config` means.
+    """
     settings: dict[str, Any] = {}
     first = {"resume_ckpt": "", "weights_only": config.weights_only}
     if start.weights:
@@ -195,18 +236,59 @@ def announce(trainer: Trainer, data: TrainingData) -> None:
         trainer.config.precision, trainer.device,
     )  # fmt: skip
     logger.info("data: %s", data.description)
+    warn_of_little_memory(trainer)
     logger.info("run: %s, from step %d", trainer.run_folder, trainer.progress.step)
 
 
-def warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Name the settings of a run that are not those of its last start, if there was one."""
+def warn_of_little_memory(trainer: Trainer) -> None:
+    """Tell beforehand if not even gradients and moments will fit, since a system that runs out of
+    main memory ends the process without a word."""
+    parameters = list(trainer.model.parameters())
+    there = sum(p.nbytes for p in parameters)
+    needed = training_state_bytes(parameters, with_ema=False) - there
+    available = available_memory(trainer.device)
+    if available is not None and needed > available:
+        logger.warning(
+            "gradients and moments will need %.1f GB beside what is in memory now, but %.1f GB are "
+            "available: the first step will probably fail; end other programs, train a part with "
+            "--freeze_transformer or choose a smaller --model_preset",
+            needed / 1e9, available / 1e9,
+        )  # fmt: skip
+
+
+def warn_of_changes(origin: Origin, now: dict[str, Any]) -> None:
+    """Name the settings and the data that are not those of the training state, or of the run's
+    last start, if there was one.
+
+    Args:
+        now: what the descriptions of the checkpoints to come tell of them.
+    """
+    described = origin.description if origin.brings_training_state else {}
+    before, of_interest = origin.settings, [name for name in FIELDS if not _once(name)]
+    if not origin.run_dir:  # a new run has its own folders, samples and intervals
+        before = described.get("settings", {})
+        of_interest = [name for name in of_interest if _group(name) in (DATA, TRAINING)]
     changes = [
-        f"{name} {before[name]} -> {now[name]}"
-        for name, field_ in FIELDS.items()
-        if name in before and before[name] != now[name] and not field_.metadata["once"]
+        f"{name} {before[name]} -> {now['settings'][name]}"
+        for name in of_interest
+        if name in before and before[name] != now["settings"][name]
     ]
+    old_data, new_data = described.get("data"), now["data"]
+    if old_data and old_data["fingerprint"] != new_data["fingerprint"]:
+        texts = [data["description"] for data in (old_data, new_data)]
+        other = "other files" if texts[0] == texts[1] else f"{texts[0]} -> {texts[1]}"
+        changes.append(f"data: {other}")
     if changes:
-        logger.warning("this run was started with other settings: %s", ", ".join(changes))
+        what = origin.run_dir or origin.checkpoint.training_state
+        logger.warning("%s was trained with other settings: %s", what, "; ".join(changes))
+
+
+def _once(name: str) -> bool:
+    return FIELDS[name].metadata["once"]
+
+
+def _group(name: str) -> str:
+    return FIELDS[name].metadata["group"]
 
 
 def report_end(trainer: Trainer, received: list[signal.Signals]) -> Outcome:
@@ -235,9 +317,11 @@ def stopping_on_signals(trainer: Trainer) -> Iterator[list[signal.Signals]]:
         if os.getpid() != owner:  # a data worker, which ends with the main process
             return
         received.append(signal.Signals(number))
-        trainer.stop_requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         # the loop may be in the middle of a print, so no logging here
+        if trainer.stop_requested and number == signal.SIGINT:
+            os.write(2, b"\ntrain_glide.py: interrupted\n")
+            os._exit(128 + number)  # waits for no thread, such as one that writes a checkpoint
+        trainer.stop_requested = True
         os.write(2, b"\nstopping after this step; press Ctrl-C again to leave at once\n")
 
     names = [signal.SIGINT, signal.SIGTERM]

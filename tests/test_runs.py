@@ -1,5 +1,6 @@
 """Numbered run folders and what --resume_ckpt means."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,13 @@ from glide_finetune.runs import (
     Start,
     create_run,
     interpret_resume,
+    locked,
     newest_run,
     read_args,
     write_args,
 )
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_runs_are_numbered_from_zero(tmp_path):
@@ -134,3 +138,17 @@ def test_missing_args_are_an_error_in_one_line(tmp_path):
 def test_runs_need_no_torch():
     code = "import sys, glide_finetune.runs; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_is_locked_once_and_free_again_afterwards(tmp_path):
+    held = "import pathlib, sys; from glide_finetune.runs import locked\n"
+    held += "with locked(pathlib.Path(sys.argv[1])): print('held')"
+    other = [sys.executable, "-c", held, str(tmp_path)]
+    with locked(tmp_path):
+        refused = subprocess.run(other, capture_output=True, text=True, cwd=ROOT)
+        assert refused.returncode == 1
+        last_line = refused.stderr.splitlines()[-1]
+        assert last_line.startswith(
+            f"ValueError: {tmp_path} is in use by process {os.getpid()} on "
+        )
+    assert subprocess.run(other, capture_output=True, cwd=ROOT).stdout == b"held\n"

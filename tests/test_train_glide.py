@@ -1,18 +1,16 @@
 """train_glide.py from the outside: real processes where that matters, otherwise `main`."""
 
-import io
 import json
 import logging
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -23,14 +21,23 @@ from glide_finetune import training_run
 from glide_finetune.checkpoints import newest_checkpoint
 from glide_finetune.metrics import read_metrics
 from glide_finetune.model_options import training_options
+from glide_finetune.samples import SampleDrawer
+from glide_finetune.validation import Validator
 from glide_text2im.model_creation import create_model_and_diffusion
+from real_runs import (
+    NOT_OF_THE_RUN,
+    ROOT,
+    SMALL_MODEL,
+    assert_same,
+    history,
+    load,
+    make_data,
+    start,
+    train,
+    wait_for_steps,
+)
 from train_glide import main
 
-ROOT = Path(__file__).parent.parent
-SMALL_MODEL = shlex.split(
-    "--model_preset tiny --init scratch --model_options xf_width=16 text_ctx=16 "
-    "--side_x 8 --side_y 8 --device cpu --num_workers 0"
-)
 # Five steps an epoch: one image of eleven is held back, two make a step.
 EXACT = shlex.split(
     "--batch_size 1 --gradient_accumulation_steps 2 --epochs 5 --learning_rate 1e-3 --ema_rate 0.9 "
@@ -38,8 +45,6 @@ EXACT = shlex.split(
     "--log_frequency 20 --test_prompt patch --save_checkpoint_interval 7"
 )
 LAST_STEP = 25
-# Metrics that differ from machine to machine.
-NOT_OF_THE_RUN = ("images_per_second", "data/wait_share", "memory_gb")
 
 
 @pytest.fixture(autouse=True)
@@ -55,55 +60,8 @@ def _here(place, monkeypatch):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """The folder that commands run in, with a data folder and the same data as a shard."""
-    folder = tmp_path_factory.mktemp("place")
-    (folder / "data").mkdir()
-    (folder / "tars").mkdir()
-    with tarfile.open(folder / "tars" / "0.tar", "w") as tar:
-        for index in range(11):
-            picture = Image.effect_noise((20 + index, 24), 80).convert("RGB")
-            picture.putpixel((0, 0), (index, 0, 0))
-            caption = f"patch {index}\nthe patch of number {index}\n"
-            metadata = {"similarity": 0.3, "NSFW": "UNLIKELY", "width": 20 + index, "height": 24}
-            picture.save(folder / "data" / f"{index}.png")
-            (folder / "data" / f"{index}.txt").write_text(caption)
-            image = io.BytesIO()
-            picture.save(image, "jpeg")
-            for suffix, content in (
-                ("jpg", image.getvalue()),
-                ("txt", caption.encode()),
-                ("json", json.dumps(metadata).encode()),
-            ):
-                member = tarfile.TarInfo(f"{index:03d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return folder
-
-
-def start(place: Path, *argv: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train_glide.py"), *argv],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
-    )  # fmt: skip
-
-
-def train(place: Path, *argv: str) -> str:
-    """Train in a process of its own; returns what it printed."""
-    process = start(place, *argv)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out
-
-
-def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
-    """Until the metrics of `count` steps are written."""
-    metrics = run / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < count:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    """The folder that commands run in."""
+    return make_data(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")
@@ -115,35 +73,10 @@ def whole(place) -> Path:
     return run
 
 
-def load(path: Path):
-    return torch.load(path, weights_only=True)
-
-
-def assert_same(first, second) -> None:
-    """Bit for bit, through dicts and lists."""
-    assert type(first) is type(second)
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for key in first:
-            assert_same(first[key], second[key])
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second)
-        for a, b in zip(first, second, strict=True):
-            assert_same(a, b)
-    else:
-        assert first == second
-
-
 def assert_same_run(run: Path, whole: Path) -> None:
     for name in ("glide-ft-5x25.pt", "glide-ft-5x25-ema.pt", "training-state-5x25.pt"):
         assert_same(load(run / name), load(whole / name))
-    mine, theirs = (
-        [{k: v for k, v in line.items() if k not in NOT_OF_THE_RUN} for line in read_metrics(path)]
-        for path in (run, whole)
-    )
-    assert mine == theirs
+    assert history(run) == history(whole)
 
 
 def as_if_killed(whole: Path, run: Path, step: int) -> Path:
@@ -197,6 +130,17 @@ class TestRun:
         model.load_state_dict(averaged)
         assert any(not torch.equal(weights[name], averaged[name]) for name in weights)
 
+    def test_its_checkpoints_tell_what_they_are(self, whole):
+        description = json.loads((whole / "glide-ft-1x7.json").read_text())
+        assert description["kind"] == "base"
+        assert (description["epoch"], description["step"]) == (1, 7)
+        assert description["precision"] == "fp32"
+        assert description["metrics"]["loss"] == read_metrics(whole)[6]["loss"]
+        assert description["trained_from"] == "scratch"
+        assert description["data"]["description"].startswith("10 images of data")
+        assert re.fullmatch("[0-9a-f]{16}", description["data"]["fingerprint"])
+        assert description["settings"] == json.loads((whole / "args.json").read_text())
+
     def test_its_checkpoints_are_numbered_by_epoch_and_step(self, whole):
         names = [f"glide-ft-{name}.pt" for name in ("1x7", "2x14", "4x21", "5x25")]
         assert sorted(path.name for path in whole.glob("glide-ft-*[0-9].pt")) == names
@@ -223,19 +167,29 @@ class TestResuming:
         assert_same_run(run, whole)
         assert not list(run.glob("*.tmp"))
 
-    def test_a_run_asked_to_stop_saves_and_goes_on_bit_for_bit(self, place, whole):
-        words = ["--data_dir", "data", "--checkpoints_dir", "asked", "--resume_ckpt", "auto"]
+    @pytest.mark.parametrize(
+        "number",
+        [
+            signal.SIGTERM,
+            pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+            pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+        ],
+    )
+    def test_a_run_asked_to_stop_saves_and_goes_on_bit_for_bit(self, place, whole, number):
+        folder = f"asked_by_{number.name}"
+        words = ["--data_dir", "data", "--checkpoints_dir", folder, "--resume_ckpt", "auto"]
         process = start(place, *SMALL_MODEL, *EXACT, *words)
-        run = place / "asked" / "0000"
+        run = place / folder / "0000"
         wait_for_steps(run, 2, process)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
-        assert process.returncode == 128 + signal.SIGTERM
+        assert process.returncode == 128 + number
         assert "stopping after this step" in err
         step = newest_checkpoint(run).step
         assert 2 <= step < LAST_STEP
         assert f"saved at step {step}" in out
-        assert "python train_glide.py --resume_ckpt asked/0000" in out
+        assert f"stopped by {number.name}" in out
+        assert f"python train_glide.py --resume_ckpt {folder}/0000" in out
         assert main([*SMALL_MODEL, *EXACT, *words]) == 0
         assert_same_run(run, whole)
         assert [path.name for path in run.parent.iterdir()] == ["0000"]
@@ -246,19 +200,23 @@ class TestResuming:
             "--data_dir data --train_upsample --upscale_factor 2 --log_frequency 2",
             "--data_dir tars --use_webdataset --batch_size 2 --log_frequency 0",
             "--data_dir data --precision bf16 --lr_schedule cosine --log_frequency 0",
+            "--data_dir data --precision fp16 --loss_spike_factor 9 --log_frequency 0",
         ],
-        ids=["upsampler", "shards", "bf16"],
+        ids=["upsampler", "shards", "bf16", "fp16"],
     )
     def test_other_kinds_of_run_go_on_bit_for_bit_too(self, place, words, request):
         folder = place / request.node.callspec.id
         words = [*shlex.split(words), "--gradient_accumulation_steps", "2", "--max_steps", "4"]
         words += ["--save_checkpoint_interval", "1", "--checkpoints_dir", str(folder)]
-        assert main([*SMALL_MODEL, *words]) == 0
+        assert main([*SMALL_MODEL, *words, "--ema_rate", "0.9"]) == 0
         run = as_if_killed(folder / "0000", folder / "0001", 1)
         assert main(["--resume_ckpt", str(run)]) == 0
         assert newest_checkpoint(run).step == 4
-        for path in sorted((folder / "0000").glob("*x4.pt")):
+        paths = sorted((folder / "0000").glob("*x4*.pt"))
+        assert len(paths) == 3
+        for path in paths:
             assert_same(load(run / path.name), load(path))
+        assert history(run) == history(folder / "0000")
 
     @pytest.mark.slow
     def test_a_second_ctrl_c_leaves_at_once(self, place):
@@ -295,11 +253,69 @@ class TestResuming:
         assert group["weight_decay"] == 0.1
         assert json.loads((run / "args.json").read_text())["learning_rate"] == 2e-3
 
+    def test_other_data_is_named(self, place, whole, caplog, tmp_path):
+        run = as_if_killed(whole, place / "other_data" / "0000", 7)
+        data = shutil.copytree(place / "data", tmp_path / "more")
+        shutil.copy(data / "1.png", data / "11.png")
+        shutil.copy(data / "1.txt", data / "11.txt")
+        words = ["--data_dir", str(data), "--max_steps", "8", "--log_frequency", "0"]
+        assert main(["--resume_ckpt", str(run), *words]) == 0
+        (warning,) = [text for text in caplog.messages if "other settings" in text]
+        assert "data: 10 images of data, at 8x8; 1 to validate on -> 11 images" in warning
+
+    def test_two_processes_never_train_in_one_run(self, place, whole, capsys):
+        run = as_if_killed(whole, place / "shared" / "0000", 7)
+        held = (
+            "import pathlib, sys; from glide_finetune.runs import locked\n"
+            "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+        )
+        other = subprocess.Popen(
+            [sys.executable, "-c", held, str(run)], cwd=ROOT,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert other.stdout.readline() == b"held\n"
+        words = ["--checkpoints_dir", str(run.parent), "--resume_ckpt", "auto"]
+        assert main(words) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"{run} is in use by process {other.pid}" in error
+        other.kill()
+        other.communicate(timeout=60)
+        assert main(["--resume_ckpt", str(run), "--max_steps", "8", "--log_frequency", "0"]) == 0
+
+    @pytest.mark.parametrize("meanwhile", ["samples", "validation"])
+    def test_who_asks_to_stop_need_not_wait(self, place, monkeypatch, caplog, meanwhile):
+        caplog.set_level(logging.INFO)
+        words = ["--log_frequency", "2", "--eval_interval", "2", "--val_fraction", "0.3"]
+        words += [*SMALL_MODEL, "--max_steps", "2", "--data_dir", "data", "--checkpoints_dir"]
+        owner = SampleDrawer if meanwhile == "samples" else Validator
+        action = owner.__call__
+
+        def ask_to_stop(self, trainer):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return action(self, trainer)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, "__call__", ask_to_stop)
+            assert main([*words, f"left_{meanwhile}"]) == 128 + signal.SIGTERM
+        run = place / f"left_{meanwhile}" / "0000"
+        assert "saved at step 2" in caplog.text
+        assert not (run / "samples").exists()
+        assert ("val/loss" in read_metrics(run)[1]) == (meanwhile == "samples")
+        assert main(["--resume_ckpt", str(run)]) == 0  # which makes up for what was left
+        assert [path.name for path in (run / "samples").iterdir()] == ["00000002.png"]
+        assert main([*words, f"whole_{meanwhile}"]) == 0
+        assert history(run) == history(place / f"whole_{meanwhile}" / "0000")
+        caplog.clear()
+        assert main(["--resume_ckpt", str(run)]) == 0
+        assert "nothing left to train" in caplog.text
+
     def test_a_refused_resume_leaves_the_run_as_it_was(self, place, whole, capsys):
         run = as_if_killed(whole, place / "refused" / "0000", 7)
+        (run / ".lock").unlink()
         before = {path.name: path.read_bytes() for path in run.iterdir()}
         assert main(["--resume_ckpt", str(run), "--freeze_transformer"]) == 1
         assert "other parameters frozen" in capsys.readouterr().err
+        (run / ".lock").unlink()
         assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
     def test_a_run_goes_on_from_another_folder(self, place, whole, tmp_path, monkeypatch):
@@ -355,6 +371,31 @@ class TestStartingFromWeights:
         assert "step 7 already" in error
         assert not (place / "beyond").exists()
 
+    def test_a_training_state_of_other_settings_is_taken_with_a_warning(self, place, whole, caplog):
+        words = ["--data_dir", "data", "-bs", "2", "-lr", "1e-3", "--max_steps", "8"]
+        assert self.from_file("settings", whole / "glide-ft-1x7.pt", *words) == 0
+        (warning,) = [text for text in caplog.messages if "other settings" in text]
+        assert "training-state-1x7.pt" in warning
+        assert "batch_size 1 -> 2" in warning
+        assert "data: 10 images" in warning  # one was held back
+        assert "learning_rate" not in warning
+        assert "log_frequency" not in warning
+
+    def test_a_training_state_of_another_model_is_refused(self, place, whole, capsys):
+        folder = place / "mixed"
+        folder.mkdir()
+        shutil.copy(whole / "glide-ft-1x7.pt", folder)
+        state = load(whole / "training-state-1x7.pt")
+        moments = state["optimizer"]["state"][0]
+        moments["exp_avg"] = moments["exp_avg"][:1]
+        torch.save(state, folder / "training-state-1x7.pt")
+        words = shlex.split("--model_preset tiny --model_options xf_width=16 text_ctx=16")
+        assert self.from_file("misfit", folder / "glide-ft-1x7.pt", *words) == 1
+        assert "training state belongs to another model" in capsys.readouterr().err
+        torch.save({"step": 3}, folder / "training-state-1x7.pt")
+        assert self.from_file("misfit", folder / "glide-ft-1x7.pt", *words) == 1
+        assert f"{folder}/training-state-1x7.pt is no training state" in capsys.readouterr().err
+
     def test_weights_only_leaves_the_training_state(self, place, whole):
         weights = whole / "glide-ft-1x7.pt"
         assert self.from_file("fresh", weights, "--weights_only", "--max_steps", "1") == 0
@@ -404,6 +445,41 @@ class TestStartingFromWeights:
         for part in ("base.pt", str(tmp_path / "cache"), "--resume_ckpt", "--init scratch"):
             assert part in error
         assert not (place / "offline").exists()
+
+
+class TestFullDisk:
+    def test_it_harms_no_checkpoint_and_the_run_goes_on_when_there_is_room(
+        self, place, capsys, caplog
+    ):
+        words = [*SMALL_MODEL, "--data_dir", "data", "--log_frequency", "3", "--max_steps", "20"]
+        words += ["--save_checkpoint_interval", "2", "--keep_checkpoints", "0"]
+        words += ["--test_batch_size", "9", "--checkpoints_dir"]
+        assert main([*words, "roomy"]) == 0
+        whole = place / "roomy" / "0000"
+        run = as_if_killed(whole, place / "full" / "0000", 2)
+        before = {path.name: path.read_bytes() for path in run.glob("*-*x*")}
+
+        usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+        room = (run / "args.json").stat().st_size + 200
+        assert room < (whole / "metrics.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, usual[1]))
+        try:
+            assert main(["--resume_ckpt", str(run)]) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        assert f"the checkpoint of step 4 could not be written to {run}" in caplog.text
+        assert "metrics.jsonl cannot be written (File too large)" in caplog.text
+        assert "the samples cannot be written" in caplog.text
+        last_line = capsys.readouterr().err.splitlines()[-1]
+        assert last_line.startswith("train_glide.py: error: the checkpoint of step 20 could not")
+        assert "free some disk space" in last_line
+        assert {path.name: path.read_bytes() for path in run.glob("*-*x*")} == before
+        assert not list(run.glob("**/*.tmp"))
+
+        assert main(["--resume_ckpt", str(run)]) == 0
+        for name in ("glide-ft-1x20.pt", "training-state-1x20.pt"):
+            assert_same(load(run / name), load(whole / name))
+        assert history(run) == history(whole)
 
 
 class TestKindsOfRun:

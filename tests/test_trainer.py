@@ -8,13 +8,16 @@ from unittest import mock
 import pytest
 import torch
 
+from glide_finetune import bad_steps, steps
 from glide_finetune import trainer as trainer_module
+from glide_finetune.bad_steps import TrainingDiverged
 from glide_finetune.batch_losses import batch_losses
 from glide_finetune.checkpoints import newest_checkpoint, read_training_state
 from glide_finetune.data.dataloading import Batch
 from glide_finetune.glide_finetune import base_train_step
+from glide_finetune.memory import OutOfMemory
 from glide_finetune.metrics import MetricsLog, read_metrics
-from glide_finetune.trainer import Progress, StepTimer, TrainingDiverged
+from glide_finetune.steps import Progress, StepTimer
 from glide_finetune.weights import read_weights
 from tiny_training import (
     assert_same_weights,
@@ -228,7 +231,7 @@ def read_moments(trainer):
 
 
 def test_a_run_that_stays_bad_stops_with_advice_and_its_last_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "MAX_BAD_STEPS", 4)
+    monkeypatch.setattr(bad_steps, "MAX_BAD_STEPS", 4)
 
     class Poisoned(Batches):
         def __iter__(self):
@@ -243,6 +246,83 @@ def test_a_run_that_stays_bad_stops_with_advice_and_its_last_checkpoint(tmp_path
     assert trainer.progress.step == 5
     weights = torch.load(tmp_path / "glide-ft-0x2.pt", weights_only=True)
     assert_same_weights(weights, weights_of(trainer.model))
+
+
+def spiking_losses(monkeypatch):
+    """Let batches of three have a loss a million times as high as others."""
+
+    def losses(model, diffusion, batch, device, **keywords):
+        if len(batch[0]) == 3:
+            keywords["noise"] = 1000 * torch.randn(batch[2].shape)
+        return batch_losses(model, diffusion, batch, device, **keywords)
+
+    monkeypatch.setattr(trainer_module, "batch_losses", losses)
+
+
+def test_a_loss_spike_is_skipped_once_the_loss_has_settled(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(bad_steps, "STEPS_BEFORE_SPIKES", 3)
+    spiking_losses(monkeypatch)
+    settings = {"loss_spike_factor": 3.0, "learning_rate": 1e-6}
+    good, spike = tiny_batch(2, seed=1, keys=True), tiny_batch(3, seed=2, keys=True)
+
+    trainer = tiny_trainer(tmp_path, **settings)
+    assert trainer.train_step([spike])["skipped_steps"] == 0  # nothing is known yet
+    trainer = tiny_trainer(tmp_path, **settings)
+    for _ in range(3):
+        trainer.train_step([good])
+    trainer.finish()
+    weights = weights_of(trainer.model)
+    metrics = trainer.train_step([spike])
+    assert metrics["skipped_steps"] == 1
+    assert_same_weights(weights_of(trainer.model), weights)
+    assert "times its running mean" in caplog.text
+    assert "2-0.png, 2-1.png, 2-2.png" in caplog.text
+    assert trainer.train_step([good])["skipped_steps"] == 1  # the spike is not in the mean
+
+    again = resumed(tmp_path, **settings)
+    assert again.train_step([spike]) == metrics
+    without_limit = resumed(tmp_path, learning_rate=1e-6)
+    assert without_limit.train_step([spike])["skipped_steps"] == 0
+
+
+def test_spikes_in_a_row_stop_a_run_with_advice(tmp_path, monkeypatch):
+    monkeypatch.setattr(bad_steps, "MAX_BAD_STEPS", 2)
+    monkeypatch.setattr(bad_steps, "STEPS_BEFORE_SPIKES", 1)
+    spiking_losses(monkeypatch)
+    trainer = tiny_trainer(tmp_path, loss_spike_factor=2.0, learning_rate=1e-6)
+    spike = tiny_batch(3)
+    trainer.train_step([tiny_batch(2)])
+    trainer.train_step([spike])
+    with pytest.raises(TrainingDiverged, match="higher --loss_spike_factor"):
+        trainer.train_step([spike])
+
+
+def test_a_step_that_does_not_fit_into_memory_says_what_to_lower(tmp_path, monkeypatch):
+    def losses(*arguments, **keywords):
+        torch.empty(2**55)  # no machine has that, so torch refuses at once
+
+    monkeypatch.setattr(trainer_module, "batch_losses", losses)
+    trainer = tiny_trainer(tmp_path, batch_size=8, ema_rate=0.9)
+    with pytest.raises(OutOfMemory) as caught:
+        trainer.train(Batches(2))
+    text = str(caught.value)
+    state = 20 * sum(p.numel() for p in trainer.model.parameters())
+    assert text.startswith("not enough memory for step 1: ")
+    assert f"moments and average take {state / 1e9:.2f} GB whatever the batch" in text
+    for part in (
+        "lower --batch_size (now 8)",
+        "--gradient_accumulation_steps (now 1)",
+        "--activation_checkpointing",
+        "--precision bf16",
+    ):
+        assert part in text
+    assert "\n" not in text
+
+
+def test_other_errors_of_a_step_stay_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "batch_losses", mock.Mock(side_effect=RuntimeError("bug")))
+    with pytest.raises(RuntimeError, match=r"^bug$"):
+        tiny_trainer(tmp_path).train(Batches(2))
 
 
 # --------------------------------------------------------------------------------- a whole run
@@ -467,16 +547,25 @@ def test_counts_of_skipped_steps_survive_a_resume(tmp_path):
     batch = tiny_batch()
     batch[2].fill_(float("inf"))
     trainer.train_step([batch])
-    trainer.save()
+    trainer.finish()
     state = read_training_state(newest_checkpoint(tmp_path).training_state)
     assert state["progress"]["skipped_steps"] == 1
     assert resumed(tmp_path).progress == trainer.progress
 
 
+def test_a_run_goes_on_at_the_same_samples_with_batches_of_another_size(tmp_path):
+    first = tiny_trainer(tmp_path, batch_size=2, max_steps=4)
+    first.train(Batches(8))
+    second = resumed(tmp_path, batch_size=4, epochs=1)
+    loader = Batches(4)
+    second.train(loader)
+    assert loader.given == [(0, 2), (0, 3)]
+
+
 def test_a_run_may_go_on_in_another_precision(tmp_path):
     trainer = tiny_trainer(tmp_path)
     trainer.train_step([tiny_batch()])
-    trainer.save()
+    trainer.finish()
     again = resumed(tmp_path, precision="fp16")
     assert again.train_step([tiny_batch()])["skipped_steps"] == 0
 
@@ -484,7 +573,7 @@ def test_a_run_may_go_on_in_another_precision(tmp_path):
 def test_a_typed_weight_decay_wins_over_that_of_the_checkpoint(tmp_path):
     trainer = tiny_trainer(tmp_path)
     trainer.train_step([tiny_batch()])
-    trainer.save()
+    trainer.finish()
     again = resumed(tmp_path, adam_weight_decay=0.5, learning_rate=1e-5)
     assert again.optimizer.param_groups[0]["weight_decay"] == 0.5
     assert again.train_step([tiny_batch()])["lr"] == pytest.approx(1e-5)
@@ -519,7 +608,7 @@ def test_what_the_data_left_out_is_counted_over_the_run_and_survives_a_resume(tm
 
 def test_the_share_of_a_step_spent_waiting_for_data_is_told(monkeypatch):
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(steps.time, "perf_counter", lambda: clock.now)
 
     def slow_loader():
         for _ in range(3):

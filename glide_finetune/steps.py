@@ -1,0 +1,94 @@
+"""Where a run is, and how the batches of a loader become its timed steps."""
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Progress:
+    """Where a run is. Counts are since its start, over all epochs.
+
+    epoch: epochs that are complete. batch: batches of the current one that are used up.
+    step: optimizer steps, those included that were skipped, and those before the run where it
+    began with the training state of another one: `first_step`. images: trained on.
+    skipped_steps: whose loss or gradient was not finite, or whose loss was a spike;
+    skipped_in_a_row: the last of them.
+    left_out: how many samples the data left out, by reason, as in `Tally.metrics`.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    first_step: int = 0
+    images: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+class StepTimer:
+    """Passes batches on and takes the time of steps: that between `start` and `metrics`, in which
+    the batches of the next step are fetched, but not samples drawn or checkpoints saved.
+    """
+
+    def __init__(self, loader: Iterable) -> None:
+        self._loader = loader
+        self.start()
+
+    def start(self) -> None:
+        self._waited, self._started = 0.0, time.perf_counter()
+
+    def __iter__(self) -> Iterator[Any]:
+        batches, end = iter(self._loader), object()
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, end)
+            self._waited += time.perf_counter() - started
+            if batch is end:
+                return
+            yield batch
+
+    def metrics(self, image_count: int) -> dict[str, float]:
+        """Images per second, and the share of the time, 0 to 1, that was spent on the data."""
+        seconds = time.perf_counter() - self._started
+        return {
+            "images_per_second": image_count / seconds,
+            "data/wait_share": self._waited / seconds,
+        }
+
+
+def is_time(step: int, interval: int) -> bool:
+    """Whether something that happens every `interval` steps, 0 for never, happens after `step`."""
+    return interval > 0 and step % interval == 0
+
+
+def groups_of(size: int, items: Iterable) -> Iterator[list]:
+    """Lists of `size` successive items; the last one may be shorter."""
+    iterator = iter(items)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
+
+
+def with_last(items: Iterable) -> Iterator[tuple[Any, bool]]:
+    """Each item with whether it is the last; so the one behind it is fetched first."""
+    iterator = iter(items)
+    for item in iterator:
+        for following in iterator:
+            yield item, False
+            item = following
+        yield item, True
+
+
+def image_count(batches: list) -> int:
+    """How many samples there are in some batches."""
+    return sum(len(batch[0]) for batch in batches)
+
+
+def sample_keys(batches: list) -> list[str]:
+    """The keys of all samples, where the loader gives them."""
+    return [key for batch in batches if not torch.is_tensor(batch[-1]) for key in batch[-1]]
