@@ -78,7 +78,7 @@ def training_state_bytes(parameters: Iterable[torch.nn.Parameter], with_ema: boo
     return total
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python could not get memory on any kind of device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -100,7 +100,7 @@ def out_of_memory_explained(
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(_advice(config, step, state_bytes, device, error)) from error
 

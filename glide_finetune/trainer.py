@@ -24,7 +24,12 @@ from glide_finetune.config import TrainConfig
 from glide_finetune.ema import EMA
 from glide_finetune.fp16_util import Precision
 from glide_finetune.glide_util import seed_draws
-from glide_finetune.memory import out_of_memory_explained, peak_memory, training_state_bytes
+from glide_finetune.memory import (
+    is_out_of_memory,
+    out_of_memory_explained,
+    peak_memory,
+    training_state_bytes,
+)
 from glide_finetune.metrics import MetricsLog
 from glide_finetune.optimization import learning_rate_factor, restore_optimizer
 from glide_finetune.seeds import derived_seed
@@ -263,7 +268,7 @@ class Trainer:
 
     def _unless_stopping(self, action: Callable[["Trainer"], Any]) -> Any:
         """The result of action(self), which is left at its next use of the model when training
-        shall stop; None then."""
+        shall stop, or where memory runs out; None then."""
 
         def leave_if_stopping(*_: Any) -> None:
             if self.stop_requested:
@@ -273,6 +278,15 @@ class Trainer:
         try:
             return action(self)
         except _Interrupted:
+            return None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.error(
+                "not enough memory for the samples or the validation of step %d, which are left "
+                "out: lower --test_batch_size (now %d) or --batch_size",
+                self.progress.step, self.config.test_batch_size,
+            )  # fmt: skip
             return None
         finally:
             hook.remove()

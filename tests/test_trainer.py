@@ -319,6 +319,15 @@ def test_a_step_that_does_not_fit_into_memory_says_what_to_lower(tmp_path, monke
     assert "\n" not in text
 
 
+def test_samples_that_do_not_fit_into_memory_are_left_out(tmp_path, caplog):
+    trainer = tiny_trainer(
+        tmp_path, max_steps=2, log_frequency=1, draw_samples=lambda trainer: torch.empty(2**55)
+    )
+    trainer.train(Batches(2))
+    assert trainer.progress.step == 2
+    assert "lower --test_batch_size (now 1)" in caplog.text
+
+
 def test_other_errors_of_a_step_stay_as_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_module, "batch_losses", mock.Mock(side_effect=RuntimeError("bug")))
     with pytest.raises(RuntimeError, match=r"^bug$"):
