@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glide_finetune.inpaint_masks import random_masks
 from glide_finetune.losses import TrainingLosses, quartile_sums, training_losses
 from glide_text2im.gaussian_diffusion import GaussianDiffusion
+from glide_text2im.text2im_model import InpaintText2ImUNet, SuperResInpaintText2ImUnet
 
 
 def batch_losses(
@@ -18,19 +20,25 @@ def batch_losses(
     *,
     timesteps: Tensor | None = None,
     noise: Tensor | None = None,
+    inpaint_mask: Tensor | None = None,
     vlb_weight: float = 0.001,
     loss_weighting: str = "none",
 ) -> tuple[TrainingLosses, Tensor]:
     """The losses of every sample of a batch, and the timesteps they were taken at.
 
+    An inpainting model sees of every image what a mask leaves of it. Its loss is over all pixels
+    like that of any other model, since sampling needs the noise of the known ones too.
+
     Args:
-        model: a base model or an upsampler on `device`.
+        model: any of the four kinds of model on `device`.
         diffusion: the process it is trained on.
         batch: tokens int64 (B, T), mask bool (B, T), for an upsampler low_res float32
             (B, 3, h, w), then images float32 (B, 3, H, W) in [-1, 1]; keys after them are ignored.
         device: where to compute.
         timesteps: int64 (B,); None draws them uniformly from all timesteps.
         noise: like the images; None draws it.
+        inpaint_mask: for an inpainting model, float32 (B, 1, H, W), 1 where a pixel is known; None
+            draws `random_masks`.
         vlb_weight, loss_weighting: as in `training_losses`.
     """
     tensors = [part.to(device, non_blocking=True) for part in batch if isinstance(part, Tensor)]
@@ -38,12 +46,19 @@ def batch_losses(
     if timesteps is None:
         timesteps = torch.randint(0, diffusion.num_timesteps, (len(images),), device=device)
     timesteps = timesteps.to(device)
+    conditions = {"tokens": tokens, "mask": mask}
+    if low_res:
+        conditions["low_res"] = low_res[0]
+    if inpaint_mask is None and isinstance(model, InpaintText2ImUNet | SuperResInpaintText2ImUnet):
+        inpaint_mask = random_masks(len(images), *images.shape[2:])
+    if inpaint_mask is not None:
+        conditions |= {"inpaint_image": images, "inpaint_mask": inpaint_mask.to(device)}
     losses = training_losses(
         model,
         diffusion,
         images,
         timesteps,
-        {"tokens": tokens, "mask": mask} | ({"low_res": low_res[0]} if low_res else {}),
+        conditions,
         None if noise is None else noise.to(device),
         vlb_weight=vlb_weight,
         loss_weighting=loss_weighting,

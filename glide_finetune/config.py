@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from glide_finetune.data.shards import is_remote
-from glide_finetune.model_options import MODEL_PRESETS, training_options
+from glide_finetune.model_options import MODEL_PRESETS, training_options, type_of_model
 
 DATASET_NAMES = ("laion", "alamy", "generic")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -106,6 +106,9 @@ class TrainConfig:
         help="start from OpenAI's weights or from random ones")
     train_upsample: bool = flag(False, "-upsample", group=MODEL,
         help="train the upsampler instead of the base model")
+    train_inpaint: bool = flag(False, group=MODEL,
+        help="train to fill in erased regions of pictures: the inpainting model, or with "
+             "--train_upsample its upsampler")
     upscale_factor: int = flag(4, "-upscale", group=MODEL, metavar="N",
         help="how many times larger than the base image the upsampler's image is")
     resume_ckpt: str = flag("", "-resume", group=MODEL, metavar="PATH", once=True,
@@ -185,7 +188,7 @@ class TrainConfig:
     @property
     def model_type(self) -> str:
         """Which of the released architectures is trained."""
-        return "upsample" if self.train_upsample else "base"
+        return type_of_model(upsample=self.train_upsample, inpaint=self.train_inpaint)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from glide_finetune.data.folder_index import check_folder
 from glide_finetune.data.shards import SHARD_SUFFIXES, expand_shards
 from glide_finetune.demo import DEMO_SETTINGS
 from glide_finetune.model_options import (
+    can_start_from,
     check_option,
     check_options,
     described_model,
     released_options,
+    type_of_model,
 )
-from glide_finetune.runs import Start, interpret_resume
+from glide_finetune.runs import ARGS_NAME, Start, interpret_resume, read_args
 from glide_text2im.defaults import downsampling_factor
 
 
@@ -149,7 +151,7 @@ def _check_model(config: TrainConfig) -> None:
     decided = {
         "super_res": (config.train_upsample, "--train_upsample decides"),
         "use_fp16": (config.use_fp16, "--precision decides"),
-        "inpaint": (False, "inpainting models cannot be trained"),
+        "inpaint": (config.train_inpaint, "--train_inpaint decides"),
         "cache_text_emb": (False, "captions change in training"),
     }
     try:
@@ -166,11 +168,20 @@ def _check_start(config: TrainConfig, start: Start) -> None:
     """Whether the first weights will fit the model, as far as can be told without reading them."""
     if start.weights:
         kind, _ = described_model(start.weights)
-        if kind not in ("", config.model_type):
-            advice = "add" if kind == "upsample" else "leave out"
+        if not can_start_from(kind, config.model_type):
             raise ConfigError(
                 f"--resume_ckpt: {start.weights} is a model of kind {kind}, but one of kind "
-                f"{config.model_type} is to be trained; {advice} --train_upsample"
+                f"{config.model_type} is to be trained; {_way_to_train(kind, config)}"
+            )
+    elif start.run_dir and (start.run_dir / ARGS_NAME).exists():
+        saved = read_args(start.run_dir)
+        kind = type_of_model(
+            upsample=saved.get("train_upsample", False), inpaint=saved.get("train_inpaint", False)
+        )
+        if kind != config.model_type:
+            raise ConfigError(
+                f"--resume_ckpt: the run {start.run_dir} trains a model of kind {kind}, not one of "
+                f"kind {config.model_type}; {_way_to_train(kind, config)}, or start from a .pt file"
             )
     elif not start.run_dir and config.init == "pretrained":
         released = released_options(config.model_type)
@@ -187,6 +198,19 @@ def _check_start(config: TrainConfig, start: Start) -> None:
                 f"{asked}: no weights are released for such a model; add --init scratch, or "
                 "--resume_ckpt with weights that fit"
             )
+
+
+def _way_to_train(kind: str, config: TrainConfig) -> str:
+    """Which flags of `config` to change for a model of another kind."""
+    changes = [
+        f"{'add' if wanted else 'leave out'} {flag}"
+        for flag, given, wanted in (
+            ("--train_upsample", config.train_upsample, kind.startswith("upsample")),
+            ("--train_inpaint", config.train_inpaint, kind.endswith("-inpaint")),
+        )
+        if given != wanted
+    ]
+    return " and ".join(changes) or "give another file"
 
 
 def _check_sides(config: TrainConfig) -> None:

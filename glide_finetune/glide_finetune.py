@@ -26,17 +26,20 @@ def base_train_step(
     *,
     timesteps: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
+    inpaint_mask: torch.Tensor | None = None,
     vlb_weight: float = 0.0,
     loss_weighting: str = "none",
 ) -> torch.Tensor:
     """The training loss of one batch; calling `.backward()` on it is left to the caller.
 
     Args:
-        glide_model: a base model on `device`.
+        glide_model: a base or base-inpaint model on `device`.
         glide_diffusion: the process it is trained on.
         batch: tokens int64 (B, T), mask bool (B, T), images float32 (B, 3, H, W) in [-1, 1].
         timesteps: int64 (B,); None draws them uniformly from all timesteps.
         noise: like the images; None draws it.
+        inpaint_mask: for an inpainting model, float32 (B, 1, H, W), 1 where a pixel is known; None
+            draws it as train_glide.py does.
         vlb_weight: of the variational bound, which alone trains the variance. With the default of
             0 the variance stays untrained, and samplers that use it, such as ddpm, draw worse the
             longer you train; 0.001 is what `run_glide_finetune_epoch` and train_glide.py take.
@@ -47,7 +50,7 @@ def base_train_step(
     """
     losses, _ = batch_losses(
         glide_model, glide_diffusion, batch, device, timesteps=timesteps, noise=noise,
-        vlb_weight=vlb_weight, loss_weighting=loss_weighting,
+        inpaint_mask=inpaint_mask, vlb_weight=vlb_weight, loss_weighting=loss_weighting,
     )  # fmt: skip
     return losses.loss.mean()
 
@@ -59,7 +62,7 @@ def upsample_train_step(
     device: torch.device | str,
     **keywords: Any,
 ) -> torch.Tensor:
-    """As `base_train_step`, for an upsampler.
+    """As `base_train_step`, for an upsampler or its inpainting variant.
 
     Args:
         batch: tokens, mask, low_res float32 (B, 3, h, w), images float32 (B, 3, H, W).
@@ -133,6 +136,7 @@ def run_glide_finetune_epoch(
         use_fp16=use_fp16,
         precision="fp16" if use_fp16 else "fp32",
         train_upsample=train_upsample,
+        train_inpaint=glide_options["inpaint"],
         upscale_factor=upsample_factor,
         side_x=side_x,
         side_y=side_y,

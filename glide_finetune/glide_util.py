@@ -11,7 +11,7 @@ from torch import nn
 from glide_finetune import weights
 from glide_finetune.data import images
 from glide_finetune.data.captions import caption_tensors
-from glide_finetune.model_options import described_model, released_options
+from glide_finetune.model_options import can_start_from, described_model, released_options
 from glide_finetune.optimization import freeze
 from glide_text2im.download import load_checkpoint
 from glide_text2im.gaussian_diffusion import GaussianDiffusion
@@ -38,7 +38,8 @@ def load_model(
         freeze_transformer: leave the text encoder out of training.
         freeze_diffusion: leave the UNet out of training.
         activation_checkpointing: recompute activations in the backward pass.
-        model_type: base, upsample, base-inpaint or upsample-inpaint.
+        model_type: base, upsample, base-inpaint or upsample-inpaint. The last two also take weights
+            of the first two, and do what those did until they are trained.
         init: pretrained fetches OpenAI's weights of that type, scratch takes random ones.
         model_options: options that replace the released ones; None takes those written beside
             `glide_path`, or else the released ones.
@@ -75,7 +76,7 @@ def load_model(
 def _options_beside(glide_path: Path, model_type: str) -> dict[str, Any]:
     """The options that a checkpoint was trained with, as far as the JSON beside it tells."""
     kind, options = described_model(glide_path)
-    if kind not in ("", model_type):
+    if not can_start_from(kind, model_type):
         raise ValueError(
             f"{glide_path} holds a model of kind {kind}, wanted is {model_type}: give "
             f'model_type="{kind}" or another file'

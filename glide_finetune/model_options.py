@@ -20,10 +20,13 @@ from glide_text2im.defaults import (
 logger = logging.getLogger(__name__)
 
 MODEL_TYPES = ("base", "upsample", "base-inpaint", "upsample-inpaint")
+# An inpainting model may start from the weights of a kind that has all its layers, with fewer
+# channels in the first.
+WIDENED_FROM = {"base-inpaint": "base", "upsample-inpaint": "upsample"}
 NOISE_SCHEDULES = ("squaredcos_cap_v2", "linear")
 
-# How to compute, as opposed to what the network is.
-_OF_COMPUTING = ("use_fp16", "cache_text_emb")
+# How to compute, and the kind of model, as opposed to the sizes of the network.
+_NOT_OF_SIZE = ("use_fp16", "cache_text_emb", "super_res", "inpaint")
 
 _NUMBERS = r"[1-9][0-9]*(,[1-9][0-9]*)*"
 
@@ -80,6 +83,16 @@ def released_options(model_type: str) -> dict[str, Any]:
     return options
 
 
+def type_of_model(*, upsample: bool, inpaint: bool) -> str:
+    """The one of `MODEL_TYPES` that upsamples, inpaints, or does both or neither."""
+    return ("upsample" if upsample else "base") + ("-inpaint" if inpaint else "")
+
+
+def can_start_from(kind: str, model_type: str) -> bool:
+    """Whether weights of this kind, "" for an unknown one, can be trained on as `model_type`."""
+    return kind in ("", model_type, WIDENED_FROM.get(model_type))
+
+
 def training_options(model_type: str, preset: str, changes: dict[str, Any]) -> dict[str, Any]:
     """Every option of the model to train: released ones, the preset's, then single changes."""
     size = MODEL_PRESETS[preset]["upsample" if model_type.startswith("upsample") else "base"]
@@ -89,8 +102,8 @@ def training_options(model_type: str, preset: str, changes: dict[str, Any]) -> d
 def described_model(weights: Path) -> tuple[str, dict[str, Any]]:
     """The kind of model and its options from the JSON beside a checkpoint's weights.
 
-    Those options are left out that say how to compute rather than what the network is. ("", {})
-    where there is no such JSON, with a warning if there is one that cannot be used.
+    Of the options those are left out that say how to compute, or what the kind says. ("", {}) where
+    there is no such JSON, with a warning if there is one that cannot be used.
     """
     path = description_path(weights)
     if not path.exists():
@@ -101,7 +114,7 @@ def described_model(weights: Path) -> tuple[str, dict[str, Any]]:
     except (ValueError, LookupError, TypeError):
         logger.warning("%s describes no model: the weights are used without it", path)
         return "", {}
-    return kind, {key: value for key, value in options.items() if key not in _OF_COMPUTING}
+    return kind, {key: value for key, value in options.items() if key not in _NOT_OF_SIZE}
 
 
 def description_path(weights: Path) -> Path:

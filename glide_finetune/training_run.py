@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from glide_finetune.samples import SampleDrawer
 from glide_finetune.trainer import Trainer
 from glide_finetune.training_data import TrainingData, make_training_data
 from glide_finetune.validation import Validator
+from glide_finetune.weights import kind_of_model, may_be_widened, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ def _run(config: TrainConfig, origin: "Origin", stack: contextlib.ExitStack) -> 
     # first the data, since mistakes in it should not have to wait for a download
     data = make_training_data(config, config.options, device)
     low_res = image_to_upsample(config, data)
+    if is_widened(checkpoint, config):  # the moments would not fit a wider convolution
+        origin = replace(origin, checkpoint=replace(checkpoint, training_state=None))
     model, diffusion, options = load_model(
         str(checkpoint.weights) if checkpoint else "",
         use_fp16=config.use_fp16,
@@ -213,6 +216,31 @@ def find_origin(config: TrainConfig, start: Start) -> Origin:
         return Origin(start.run_dir, own, True, first, settings)
     given = files_beside(Path(first["resume_ckpt"])) if first["resume_ckpt"] else None
     return Origin(start.run_dir, given, False, first, settings)
+
+
+def is_widened(checkpoint: CheckpointFiles | None, config: TrainConfig) -> bool:
+    """Whether an inpainting model starts from weights of the kind that knows nothing of masks.
+
+    Raises:
+        ValueError: the weights cannot be read, or are never to learn of masks.
+    """
+    if not (checkpoint and config.train_inpaint):
+        return False
+    weights = read_weights(checkpoint.weights)
+    if not may_be_widened(weights, config.model_type):
+        return False
+    kind = kind_of_model(weights)
+    if config.freeze_diffusion:
+        raise ValueError(
+            f"--freeze_diffusion: {checkpoint.weights} is a model of kind {kind}, whose UNet has "
+            "yet to learn what a mask is; leave the flag out"
+        )
+    logger.info(
+        "%s, a model of kind %s, becomes one of kind %s: its weights alone are taken, and the "
+        "first convolution gets channels of zeros for the known pixels and the mask",
+        checkpoint.weights, kind, config.model_type,
+    )  # fmt: skip
+    return True
 
 
 def image_to_upsample(config: TrainConfig, data: TrainingData) -> torch.Tensor | None:

@@ -1,7 +1,7 @@
 """The loss on pictures that are not trained on, measured the same way every time."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +9,8 @@ import torch
 from glide_finetune.batch_losses import LossMeter, batch_losses
 from glide_finetune.config import TrainConfig
 from glide_finetune.glide_util import sampling_mode
+from glide_finetune.inpaint_masks import random_mask
+from glide_finetune.seeds import derived_random
 
 if TYPE_CHECKING:
     from glide_finetune.trainer import Trainer
@@ -18,7 +20,8 @@ MOST_IMAGES = 256
 
 
 class Validator:
-    """Loss over a fixed set of images, each with a noise and a timestep of its own for ever.
+    """Loss over a fixed set of images, each for ever with the same noise and timestep, and for an
+    inpainting model the same mask.
 
     Args:
         dataset: gives items as `TextImageDataset` does, without random crops or dropped captions.
@@ -45,6 +48,12 @@ class Validator:
         generator = torch.Generator().manual_seed(config.seed)
         places = torch.randperm(len(items), generator=generator) + 0.5
         self._timesteps = (places * num_timesteps / len(items)).long().split(size)
+        self._masks: Sequence[torch.Tensor | None] = [None] * len(self._batches)
+        if config.train_inpaint:
+            height, width = items[0][-1].shape[1:]
+            rngs = (derived_random(config.seed, "mask", index) for index in range(len(items)))
+            masks = torch.stack([random_mask(rng, height, width) for rng in rngs])
+            self._masks = masks.split(size)
 
     def __call__(self, trainer: "Trainer") -> dict[str, float]:
         """The mean losses of a trainer's weights, as val/…, and of their average where it keeps
@@ -60,10 +69,13 @@ class Validator:
         meter = LossMeter(trainer.diffusion.num_timesteps)
         generator = torch.Generator().manual_seed(self.config.seed)
         with sampling_mode(trainer.model), trainer.precision.autocast():
-            for batch, timesteps in zip(self._batches, self._timesteps, strict=True):
+            for batch, timesteps, mask in zip(
+                self._batches, self._timesteps, self._masks, strict=True
+            ):
                 losses = batch_losses(
                     trainer.model, trainer.diffusion, batch, trainer.device,
                     timesteps=timesteps, noise=torch.randn(batch[-1].shape, generator=generator),
+                    inpaint_mask=mask,
                     vlb_weight=self.config.vlb_weight, loss_weighting=self.config.loss_weighting,
                 )  # fmt: skip
                 meter.add(*losses)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from glide_finetune.atomic_files import atomic_file
+from glide_finetune.model_options import WIDENED_FROM
 
 # The kinds of model by the input channels of their first convolution: three of the noisy image;
-# then three of the low-res image, four of the masked image and its mask, or both.
+# then four of the masked image and its mask, three of the low-res image, or both in this order.
 FIRST_CONVOLUTION = "input_blocks.0.0.weight"
 KINDS_BY_CHANNELS = {3: "base", 6: "upsample", 7: "base-inpaint", 10: "upsample-inpaint"}
 
@@ -120,6 +121,24 @@ def kind_of_model(state: Mapping[str, Tensor]) -> str | None:
     return None if first is None or first.ndim != 4 else KINDS_BY_CHANNELS.get(first.shape[1])
 
 
+def may_be_widened(state: Mapping[str, Tensor], kind: str | None) -> bool:
+    """Whether these weights are of the kind that an inpainting model of `kind` may start from."""
+    return kind in WIDENED_FROM and kind_of_model(state) == WIDENED_FROM[kind]
+
+
+def widened(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of an inpainting model that computes what the model of `state` does.
+
+    The first convolution's new channels are zero, so that whatever is known of a picture makes no
+    difference until they are trained (GLIDE, section 4.3).
+    """
+    first = state[FIRST_CONVOLUTION]
+    noisy_image, low_res = first[:, :3], first[:, 3:]
+    masked_image_and_mask = first.new_zeros(len(first), 4, *first.shape[2:])
+    first = torch.cat([noisy_image, masked_image_and_mask, low_res], dim=1)
+    return {**state, FIRST_CONVOLUTION: first}
+
+
 def build_and_load(
     create: Callable[[], nn.Module],
     source: str | Path | Mapping[str, Tensor],
@@ -128,7 +147,8 @@ def build_and_load(
     """The model that `create` makes, on `device`, with the weights of `source`.
 
     No parameter is initialised and every byte of the file is read once: `create` runs on the meta
-    device, so it must make nothing but the model. WeightsError if names or shapes differ.
+    device, so it must make nothing but the model. An inpainting model also takes the weights of the
+    kind it may start from, `widened`. WeightsError if names or shapes differ.
     """
     if isinstance(source, Mapping):
         weights, label = source, "the state dict"
@@ -136,6 +156,8 @@ def build_and_load(
         weights, label = read_weights(source), str(source)
     with torch.device("meta"):
         model = create()
+    if may_be_widened(weights, kind_of_model(model.state_dict())):
+        weights = widened(weights)
     check_fit(model, weights, label)
     names = model.state_dict().keys()
     lost = [name for name, _ in model.named_buffers() if name not in names]

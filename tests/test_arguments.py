@@ -83,6 +83,7 @@ NEWER_FLAGS = [
     ("vlb_weight", 0.001, "0", 0.0),
     ("loss_spike_factor", 0.0, "4", 4.0),
     ("init", "pretrained", "scratch", "scratch"),
+    ("train_inpaint", False, "True", True),
     ("model_preset", "glide", "tiny", "tiny"),
     ("model_options", {}, "dropout=0", {"dropout": 0.0}),
     ("weights_only", False, "True", True),
@@ -279,6 +280,18 @@ class TestDefaultsFromElsewhere:
             assert config.options["num_channels"] == 64
             assert "use_fp16" not in config.model_options
 
+    def test_an_inpainting_model_can_start_from_weights_that_know_nothing_of_masks(self, tmp_path):
+        for kind, words in (("base", []), ("upsample", ["--train_upsample"])):
+            options = {"num_channels": 64, "inpaint": False, "super_res": kind == "upsample"}
+            description = {"kind": kind, "model_options": options}
+            (tmp_path / f"{kind}.json").write_text(json.dumps(description))
+            (tmp_path / f"{kind}.pt").touch()
+            config = parse_config(["--resume_ckpt", f"{kind}.pt", "--train_inpaint", *words])
+            assert config.model_type == f"{kind}-inpaint"
+            assert config.options["num_channels"] == 64
+            assert config.options["inpaint"] is True
+            assert config.options["super_res"] is (kind == "upsample")
+
     def test_a_weights_file_without_description_follows_the_flags(self, tmp_path):
         (tmp_path / "other.pt").touch()
         config = parse_config(["--resume_ckpt", "other.pt", "--model_preset", "tiny"])
@@ -417,7 +430,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "--model_options text_ctx=0 --init scratch": ("text_ctx is 0",),
     "--model_options noise_schedule=exp --init scratch": ("noise_schedule", "linear"),
     "--model_options super_res=True": ("super_res", "--train_upsample"),
-    "--model_options inpaint=True": ("inpaint",),
+    "--model_options inpaint=True": ("inpaint", "--train_inpaint"),
     "--model_options cache_text_emb=True": ("cache_text_emb",),
     # where to start
     "--resume_ckpt {}/none.pt": ("--resume_ckpt", "none.pt", "no such file"),
@@ -428,6 +441,22 @@ MISTAKES: dict[str, tuple[str, ...]] = {
         "kind base",
         "kind upsample",
         "leave out --train",
+    ),
+    "--resume_ckpt {}/inpaint.pt": ("kind base-inpaint", "kind base ", "add --train_inpaint"),
+    "--resume_ckpt {}/inpaint.pt --train_upsample": (
+        "kind base-inpaint",
+        "kind upsample ",
+        "leave out --train_upsample and add --train_inpaint",
+    ),
+    "--resume_ckpt {}/base.pt --train_upsample --train_inpaint": (
+        "kind base,",
+        "kind upsample-inpaint",
+        "leave out --train_upsample",
+    ),
+    "--resume_ckpt {}/run --train_inpaint": (
+        "trains a model of kind base,",
+        "kind base-inpaint",
+        "leave out --train_inpaint",
     ),
     "--config {}/no.json": ("--config", "no.json", "does not exist"),
     "--config {}/blank.txt": ("--config", "blank.txt", "not valid JSON"),
@@ -474,7 +503,11 @@ def odd_files(folder: Path) -> None:
     (folder / "bad.list").write_text("pipe:cat 0.tar\n")
     (folder / "run" / "args.json").write_text("{}")
     (folder / "runs" / "0000" / "args.json").write_text("{}")
-    for weights, kind in (("runs/0000/glide-ft-0x1", "upsample"), ("base", "base")):
+    for weights, kind in (
+        ("runs/0000/glide-ft-0x1", "upsample"),
+        ("base", "base"),
+        ("inpaint", "base-inpaint"),
+    ):
         (folder / f"{weights}.pt").touch()
         description = {"kind": kind, "model_options": {}}
         (folder / f"{weights}.json").write_text(json.dumps(description))

@@ -240,6 +240,14 @@ def test_the_picture_shows_the_pairs_of_an_upsampler(capsys, monkeypatch):
     assert sheet.crop((100, 4, 196, 100)).tobytes() == right.tobytes()
 
 
+@pytest.mark.parametrize("words", ["--train_inpaint", "--train_inpaint --train_upsample"])
+def test_the_data_of_an_inpainting_run_is_that_of_any_other(capsys, words):
+    write_folder(20)
+    told = dry_run(capsys, *SMALL, "--data_dir", "data", *words.split())
+    assert told["usable"] == "20"
+    assert SHEET.exists()
+
+
 def dataset(tokenizer=None) -> TextImageDataset:
     return TextImageDataset(
         "data", 8, 8, tokenizer=tokenizer or StubTokenizer(), use_captions=True, return_keys=True

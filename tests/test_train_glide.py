@@ -201,8 +201,10 @@ class TestResuming:
             "--data_dir tars --use_webdataset --batch_size 2 --log_frequency 0",
             "--data_dir data --precision bf16 --lr_schedule cosine --log_frequency 0",
             "--data_dir data --precision fp16 --loss_spike_factor 9 --log_frequency 0",
+            "--data_dir data --train_inpaint --val_fraction 0.2 --eval_interval 1 -freq 2",
+            "--data_dir data --train_inpaint --train_upsample --upscale_factor 2 -freq 2",
         ],
-        ids=["upsampler", "shards", "bf16", "fp16"],
+        ids=["upsampler", "shards", "bf16", "fp16", "inpainting", "inpainting_upsampler"],
     )
     def test_other_kinds_of_run_go_on_bit_for_bit_too(self, place, words, request):
         folder = place / request.node.callspec.id
@@ -426,6 +428,35 @@ class TestStartingFromWeights:
         assert error.startswith("train_glide.py: error: ")
         assert "--weights_only" in error
         assert not (place / "misfit").exists()
+
+    def test_an_inpainting_run_takes_a_base_models_weights_but_no_training_state(
+        self, place, whole, caplog
+    ):
+        caplog.set_level(logging.INFO)
+        given = whole / "glide-ft-1x7.pt"
+        assert self.from_file("masked", given, "--train_inpaint", "--max_steps", "1") == 0
+        assert "of kind base, becomes one of kind base-inpaint: its weights alone" in caplog.text
+        assert "base-inpaint model" in caplog.text
+        run = place / "masked" / "0000"
+        assert [line["step"] for line in read_metrics(run)] == [1]
+        description = json.loads((run / "glide-ft-0x1.json").read_text())
+        assert description["kind"] == "base-inpaint"
+        assert description["model_options"]["inpaint"] is True
+        before, after = load(given), load(run / "glide-ft-0x1.pt")
+        first = "input_blocks.0.0.weight"
+        assert after[first].shape[1] == 7
+        for name in before.keys() - {first}:  # one step of this learning rate is small
+            assert torch.allclose(after[name], before[name], atol=1e-4), name
+        caplog.clear()
+        assert main(["--resume_ckpt", str(run), "--max_steps", "2"]) == 0
+        assert "from step 1" in caplog.text
+        assert "becomes" not in caplog.text
+
+    def test_a_frozen_unet_cannot_learn_of_masks(self, place, whole, capsys):
+        words = ["--train_inpaint", "--freeze_diffusion"]
+        assert self.from_file("unlearned", whole / "glide-ft-1x7.pt", *words) == 1
+        assert "--freeze_diffusion: " in capsys.readouterr().err
+        assert not (place / "unlearned").exists()
 
     def test_weights_of_another_kind_are_refused_naming_both(self, place, whole, capsys):
         shutil.copy(whole / "glide-ft-1x7.pt", place / "undescribed.pt")

@@ -62,12 +62,14 @@ def tiny_trainer(folder: Path, model_type="base", *, load=None, log=None, device
     """A trainer over a tiny model; `load` are keywords of `tiny_model`, `settings` the config's."""
     callbacks = {name: settings.pop(name, None) for name in ("draw_samples", "validate")}
     model, diffusion, options = tiny_model(model_type, device=device, **(load or {}))
+    upsample = model_type.startswith("upsample")
     config = TrainConfig(
         **{
             "learning_rate": 1e-3,
-            "train_upsample": model_type == "upsample",
-            "side_x": SIDE if model_type == "base" else SIDE // 4,
-            "side_y": SIDE if model_type == "base" else SIDE // 4,
+            "train_upsample": upsample,
+            "train_inpaint": model_type.endswith("-inpaint"),
+            "side_x": SIDE // 4 if upsample else SIDE,
+            "side_y": SIDE // 4 if upsample else SIDE,
             **settings,
         }
     )
