@@ -16,6 +16,8 @@ Model = Callable[..., Any]
 # cond_fn(x, timesteps, **model_kwargs) -> gradient of a log probability, shaped like x
 CondFn = Callable[..., Tensor]
 DenoisedFn = Callable[[Tensor], Tensor]
+# noise_like(x) -> standard normal noise, shaped like x
+NoiseFn = Callable[[Tensor], Tensor]
 
 
 class DiffusionProcess:

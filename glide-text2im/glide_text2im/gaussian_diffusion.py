@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glide_text2im.diffusion_process import CondFn, DenoisedFn, Model
+from glide_text2im.diffusion_process import CondFn, DenoisedFn, Model, NoiseFn
 from glide_text2im.pndm import PndmSamplers
 from glide_text2im.sampling_loop import last_sample, walk
 
@@ -63,10 +63,15 @@ class GaussianDiffusion(PndmSamplers):
         denoised_fn: DenoisedFn | None = None,
         cond_fn: CondFn | None = None,
         model_kwargs: dict[str, Any] | None = None,
+        *,
+        noise_like: NoiseFn | None = None,
     ) -> dict[str, Tensor]:
-        """One step of ancestral sampling (DDPM, algorithm 2); no noise is added at t = 0."""
+        """One step of ancestral sampling (DDPM, algorithm 2); no noise is added at t = 0.
+
+        `noise_like(x)` draws the noise; by default `torch.randn_like` does.
+        """
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        noise = torch.randn_like(x)
+        noise = (noise_like or torch.randn_like)(x)
         mean = out["mean"]
         if cond_fn is not None:
             mean = self.condition_mean(cond_fn, out, x, t, model_kwargs)
@@ -142,11 +147,16 @@ class GaussianDiffusion(PndmSamplers):
         model_kwargs: dict[str, Any] | None = None,
         device: torch.device | str | None = None,
         progress: bool = False,
+        *,
+        noise_like: NoiseFn | None = None,
     ) -> Iterator[dict[str, Tensor]]:
         """Yield the result of `p_sample` at every index, from the noisiest down to 0."""
 
         def step(x: Tensor, t: Tensor) -> dict[str, Tensor]:
-            return self.p_sample(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+            return self.p_sample(
+                model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs,
+                noise_like=noise_like,
+            )  # fmt: skip
 
         return walk(step, self._downwards(), model, shape, noise, device, progress)
 
