@@ -1,6 +1,7 @@
 """Making GLIDE models, preparing their captions, and sampling from them."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,22 @@ from torch import nn
 from glide_finetune import weights
 from glide_finetune.data import images
 from glide_finetune.data.captions import caption_tensors
-from glide_finetune.model_options import can_start_from, described_model, released_options
+from glide_finetune.guidance import dynamic_threshold, guided, with_posterior_variance
+from glide_finetune.model_options import (
+    can_start_from,
+    described_model,
+    released_options,
+    variance_is_stale,
+)
 from glide_finetune.optimization import freeze
+from glide_finetune.repainting import KnownPixels, read_known_pixels
+from glide_finetune.samplers import SAMPLERS, NoisePerImage, Sampler
+from glide_text2im.diffusion_process import CondFn, DenoisedFn
 from glide_text2im.download import load_checkpoint
 from glide_text2im.gaussian_diffusion import GaussianDiffusion
 from glide_text2im.model_creation import create_gaussian_diffusion, create_model_and_diffusion
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -31,6 +43,9 @@ def load_model(
     device: torch.device | str = "cpu",
 ) -> tuple[nn.Module, GaussianDiffusion, dict[str, Any]]:
     """Make a GLIDE model with float32 weights, ready to train.
+
+    Its attribute `variance_is_stale` tells `sample` that the weights were tuned without their
+    variance.
 
     Args:
         glide_path: weights to load, a .pt file; empty follows `init`.
@@ -66,6 +81,7 @@ def load_model(
     else:
         model = create().to(device)
     model.activation_checkpointing = activation_checkpointing
+    model.variance_is_stale = bool(glide_path) and variance_is_stale(Path(glide_path).expanduser())
     freeze(model, transformer=freeze_transformer, diffusion=freeze_diffusion)
     diffusion = create_gaussian_diffusion(
         options["diffusion_steps"], options["noise_schedule"], options["timestep_respacing"]
@@ -112,27 +128,6 @@ def read_image(path: str | Path, shape: tuple[int, int]) -> torch.Tensor:
         float32 (1, 3, height, width) in [-1, 1].
     """
     return images.read_image(path, shape)
-
-
-def guided(model: Callable[..., torch.Tensor], scale: float) -> Callable[..., torch.Tensor]:
-    """Classifier-free guidance (Ho and Salimans 2021) in one pass over a double batch.
-
-    Args:
-        model: a GLIDE network.
-        scale: s in eps = eps_uncond + s (eps_cond - eps_uncond).
-
-    Returns:
-        A function of (x, timesteps, **kwargs) with x of batch B and `tokens` and `mask` of batch
-        2 B, the captions before as many empty ones. The variance is that of the captions.
-    """
-
-    def double_pass(x: torch.Tensor, timesteps: torch.Tensor, **kwargs) -> torch.Tensor:
-        out = model(torch.cat([x, x]), torch.cat([timesteps, timesteps]), **kwargs)
-        cond, uncond = out.float().chunk(2)
-        eps = uncond[:, :3] + scale * (cond[:, :3] - uncond[:, :3])
-        return torch.cat([eps, cond[:, 3:]], dim=1)
-
-    return double_pass
 
 
 @contextlib.contextmanager
@@ -183,13 +178,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-# Each takes (diffusion, model, shape, noise=, device=, model_kwargs=) and returns the images.
-SAMPLERS = {
-    "ddpm": GaussianDiffusion.p_sample_loop,
-    "ddim": GaussianDiffusion.ddim_sample_loop,
-    "plms": GaussianDiffusion.plms_sample_loop,
-    "prk": GaussianDiffusion.prk_sample_loop,
-}
+PICTURES_A_PASS = 16  # drawn at once, so that memory does not depend on how many there are
 
 
 def sample(
@@ -208,6 +197,16 @@ def sample(
     *,
     upscale_factor: int = 4,
     sampler: str = "",
+    negative_prompt: str = "",
+    guidance_rescale: float = 0.0,
+    threshold: float = 0.0,
+    seeds: Sequence[int] | None = None,
+    pictures_a_pass: int = PICTURES_A_PASS,
+    inpaint_image: str | Path | torch.Tensor = "",
+    inpaint_mask: str | Path | torch.Tensor = "",
+    cond_fn: CondFn | None = None,
+    learned_variance: bool | None = None,
+    progress: bool = False,
 ) -> torch.Tensor:
     """Draw images.
 
@@ -225,42 +224,147 @@ def sample(
             equal to 1 or to the number of images that come out.
         upsample_temp: the upsampler's start noise is multiplied by it.
         upscale_factor: a file is read at the output size divided by it.
-        sampler: ddpm (the only one that uses the learned variance), ddim, plms or prk; by default
-            plms for the base model and ddim for the upsampler.
+        sampler: a name in `SAMPLERS`; by default plms for the base model and ddim for the
+            upsampler. ddpm alone uses the learned variance.
+        negative_prompt: what guidance leads away from, instead of the empty caption. Without
+            guidance it has no effect.
+        guidance_rescale: see `guided`; 0 is none.
+        threshold: quantile of `dynamic_threshold`, such as 0.995; 0 is none.
+        seeds: one for each image that comes out. All its noise then follows from its own seed,
+            so it is the same whatever it is drawn with. None draws from torch's random state.
+        pictures_a_pass: images that are drawn at once; more take several passes.
+        inpaint_image, inpaint_mask: for inpainting models, what is known of the images, see
+            `read_known_pixels`; these pixels come out as they are.
+        cond_fn: guides as in `GaussianDiffusion`, such as that of a noise-aware CLIP, for all
+            images in one pass.
+        learned_variance: whether ddpm trusts the model's variance or takes the posterior's. None
+            trusts it unless `load_model` found that it was left untrained.
+        progress: show a bar for every pass.
 
     Returns:
         float32 (captions times batch_size, 3, side_y, side_x) in [-1, 1].
 
     Raises:
-        ValueError: an unknown sampler; an upsampler without an image, or with a wrong number.
+        ValueError: an unknown sampler, or one that cannot do what is asked; a wrong number of
+            seeds or low-res images; an upsampler without an image; known pixels for a model that
+            is not made for inpainting, or of another size.
     """
-    sampler = sampler or ("ddim" if upsample_enabled else "plms")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    chosen = _sampler(sampler or ("ddim" if upsample_enabled else "plms"), cond_fn, threshold)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     captions = [caption for caption in prompts for _ in range(batch_size)]
-    shape = (len(captions), 3, side_y, side_x)
-    diffusion = create_gaussian_diffusion(
-        glide_options["diffusion_steps"], glide_options["noise_schedule"], prediction_respacing
-    )
-
-    with_guidance = guidance_scale != 1 and not upsample_enabled
-    conditions = _text(glide_model, glide_options, captions, device, with_empty=with_guidance)
-    noise = torch.randn(shape, device=device)
-    if upsample_enabled:
-        low_res = _low_res(image_to_upsample, side_x, side_y, upscale_factor, len(captions))
-        conditions["low_res"] = low_res.to(device)
-        noise = noise * upsample_temp
-    with sampling_mode(glide_model), text_cached(glide_model):
-        pictures = SAMPLERS[sampler](
-            diffusion,
-            guided(glide_model, guidance_scale) if with_guidance else glide_model,
-            shape,
-            noise=noise,
-            device=device,
-            model_kwargs=conditions,
+    count = len(captions)
+    if seeds is not None and len(seeds) != count:
+        raise ValueError(f"seeds holds {len(seeds)} seeds for {count} images: give {count}")
+    if cond_fn is not None and count > pictures_a_pass:
+        raise ValueError(
+            f"cond_fn guides {pictures_a_pass} images at once, {count} are asked for: raise "
+            "pictures_a_pass, or draw fewer at once"
         )
-    return pictures.clamp(-1, 1)
+    full, diffusion = (
+        create_gaussian_diffusion(
+            glide_options["diffusion_steps"], glide_options["noise_schedule"], respacing
+        )
+        for respacing in ("", prediction_respacing)
+    )
+    with_guidance = guidance_scale != 1 and not upsample_enabled
+    network: Callable[..., torch.Tensor] = glide_model
+    if with_guidance:
+        network = guided(glide_model, guidance_scale, guidance_rescale, full.alphas_cumprod)
+    if learned_variance is None:
+        learned_variance = not getattr(glide_model, "variance_is_stale", False)
+    if chosen is SAMPLERS["ddpm"] and not learned_variance:
+        logger.info("ddpm takes the posterior's variance, since the model's own is untrained")
+        network = with_posterior_variance(network)
+
+    given: dict[str, torch.Tensor] = {}
+    if upsample_enabled:
+        given["low_res"] = _low_res(image_to_upsample, side_x, side_y, upscale_factor, count)
+    known = _known_pixels(glide_options, inpaint_image, inpaint_mask, (side_x, side_y), count)
+    if known:
+        given |= {"inpaint_image": known.image * known.mask, "inpaint_mask": known.mask}
+    shape = (count, 3, side_y, side_x)
+    noise = torch.randn(shape, device=device) if seeds is None else None
+    pictures = []
+    with sampling_mode(glide_model):
+        for first in range(0, count, pictures_a_pass):
+            part = slice(first, first + pictures_a_pass)
+            keywords: dict[str, Any] = {}
+            if seeds is None:
+                start = noise[part]
+            else:
+                draw_noise = NoisePerImage(seeds[part])
+                start = draw_noise(torch.empty(shape, device=device)[part])
+                if chosen.stochastic:
+                    keywords["noise_like"] = draw_noise
+            conditions = _text(
+                glide_model, glide_options, captions[part], device,
+                instead=negative_prompt if with_guidance else None,
+            )  # fmt: skip
+            for name, images_ in given.items():
+                rows = images_[part].to(device)
+                conditions[name] = torch.cat([rows, rows]) if with_guidance else rows
+            with text_cached(glide_model):
+                drawn = chosen.loop(
+                    diffusion,
+                    network,
+                    start.shape,
+                    noise=start * upsample_temp if upsample_enabled else start,
+                    denoised_fn=_denoised_fn(threshold, known and known.part(part)),
+                    cond_fn=cond_fn,
+                    model_kwargs=conditions,
+                    device=device,
+                    progress=progress,
+                    **keywords,
+                )
+            pictures.append(drawn.clamp(-1, 1))
+    drawn = torch.cat(pictures)
+    return known.put_back(drawn) if known else drawn
+
+
+def _sampler(name: str, cond_fn: CondFn | None, threshold: float) -> Sampler:
+    """The sampler of that name, which can do what is asked."""
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
+    sampler = SAMPLERS[name]
+    for what, asked in (("cond_fn", cond_fn is not None), ("threshold", threshold)):
+        if asked and not sampler.follows_guess:
+            able = ", ".join(other for other in SAMPLERS if SAMPLERS[other].follows_guess)
+            raise ValueError(f"{name} does not work with a {what}: choose one of {able}")
+    return sampler
+
+
+def _denoised_fn(threshold: float, known: KnownPixels | None) -> DenoisedFn | None:
+    """What to make of each guess of x_0."""
+    if not threshold and known is None:
+        return None
+
+    def improved(x_start: torch.Tensor) -> torch.Tensor:
+        if threshold:
+            x_start = dynamic_threshold(x_start, threshold)
+        return x_start if known is None else known.put_back(x_start)
+
+    return improved
+
+
+def _known_pixels(
+    options: dict[str, Any],
+    image: str | Path | torch.Tensor,
+    mask: str | Path | torch.Tensor,
+    size: tuple[int, int],
+    count: int,
+) -> KnownPixels | None:
+    """What is known of each of `count` images of `size`; None if nothing is."""
+    given = [torch.is_tensor(source) or bool(source) for source in (image, mask)]
+    if not any(given):
+        return None
+    if not all(given):
+        raise ValueError("inpaint_image and inpaint_mask go together: give both")
+    if not options["inpaint"]:
+        raise ValueError(
+            "this model is not made for inpainting: give one of kind base-inpaint or "
+            "upsample-inpaint"
+        )
+    return read_known_pixels(image, mask, size).expanded(count)
 
 
 @contextlib.contextmanager
@@ -281,12 +385,12 @@ def _text(
     options: dict[str, Any],
     captions: list[str],
     device: torch.device | str,
-    with_empty: bool,
+    instead: str | None,
 ) -> dict[str, torch.Tensor]:
-    """tokens and mask of the captions, followed `with_empty` by as many empty captions."""
+    """tokens and mask of the captions, followed by `instead` as often, if that is not None."""
     if not options["xf_width"]:
         return {}
-    captions = captions + [""] * len(captions) if with_empty else captions
+    captions = captions if instead is None else captions + [instead] * len(captions)
     rows = [get_tokens_and_mask(model.tokenizer, c, options["text_ctx"]) for c in captions]
     tokens, masks = zip(*rows, strict=True)
     return {"tokens": torch.stack(tokens).to(device), "mask": torch.stack(masks).to(device)}

@@ -6,7 +6,7 @@ Nothing here imports torch.
 import contextlib
 import logging
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from glide_finetune.atomic_files import read_json
@@ -120,6 +120,22 @@ def described_model(weights: Path) -> tuple[str, dict[str, Any]]:
 def description_path(weights: Path) -> Path:
     """Where the JSON beside a checkpoint's weights, plain or averaged, is or would be."""
     return weights.with_name(weights.stem.removesuffix("-ema") + ".json")
+
+
+def variance_is_stale(weights: Path) -> bool:
+    """Whether the variance of these weights was left untrained while their noise was tuned.
+
+    The JSON beside them tells. Those without one are from other trainers, which commonly train the
+    noise alone, unless they are called as OpenAI's files are.
+    """
+    from glide_text2im.download import MODEL_PATHS  # here, as it takes a while to import
+
+    path = description_path(weights)
+    if not path.exists():
+        return weights.name not in {PurePosixPath(url).name for url in MODEL_PATHS.values()}
+    with contextlib.suppress(ValueError):
+        return read_json(path).get("vlb_weight", 0) == 0
+    return True
 
 
 def parse_model_option(text: str) -> tuple[str, Any]:

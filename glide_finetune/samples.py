@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from glide_finetune.atomic_files import atomic_file
 from glide_finetune.config import TrainConfig, read_prompts
 from glide_finetune.data import images
-from glide_finetune.glide_util import random_state_kept, sample, seed_draws
+from glide_finetune.glide_util import PICTURES_A_PASS, random_state_kept, sample
 from glide_finetune.seeds import derived_seed
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ CELL_WIDTH = 192  # smaller pictures are enlarged towards it, by a whole factor
 FONT_SIZE = 12
 LINE_HEIGHT = 15
 MOST_LABEL_LINES = 5
-
-PICTURES_A_PASS = 16  # drawn at once, so that memory does not depend on how many prompts there are
 
 
 def labelled_grid(pictures: torch.Tensor, labels: list[str], columns: int = 0) -> Image.Image:
@@ -112,12 +110,7 @@ class SampleDrawer:
                 stack.enter_context(trainer.ema.applied())
             stack.enter_context(random_state_kept(trainer.device))
             stack.enter_context(trainer.precision.autocast())
-            pictures = torch.cat(
-                [
-                    self._draw(trainer, start, labels[start : start + PICTURES_A_PASS])
-                    for start in range(0, len(labels), PICTURES_A_PASS)
-                ]
-            )
+            pictures = self._draw(trainer, labels)
         grid = labelled_grid(pictures, labels)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{trainer.progress.step:08d}.png"
@@ -132,9 +125,8 @@ class SampleDrawer:
         )  # fmt: skip
         return path
 
-    def _draw(self, trainer: "Trainer", start: int, captions: list[str]) -> torch.Tensor:
-        """The pictures of these captions, the first of which is number `start` of all."""
-        seed_draws(derived_seed(self.config.seed, "samples", start), trainer.device)
+    def _draw(self, trainer: "Trainer", captions: list[str]) -> torch.Tensor:
+        """A picture of each caption, from a seed of its own."""
         return sample(
             trainer.model,
             self.options,
@@ -148,4 +140,7 @@ class SampleDrawer:
             upsample_enabled=self.config.train_upsample,
             image_to_upsample="" if self.low_res is None else self.low_res,
             sampler=self.sampler,
+            seeds=[derived_seed(self.config.seed, "samples", n) for n in range(len(captions))],
+            pictures_a_pass=PICTURES_A_PASS,
+            learned_variance=bool(self.config.vlb_weight),
         )

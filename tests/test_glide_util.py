@@ -1,5 +1,6 @@
 """Making models, reading their input, and sampling."""
 
+import json
 from unittest import mock
 
 import pytest
@@ -86,6 +87,28 @@ def test_plain_weights_are_loaded_with_the_options_given(tmp_path):
     assert_same_weights(loaded.state_dict(), model.state_dict())
     with pytest.raises(ValueError, match=r"weights\.pt does not fit"):
         load_model(str(path), model_options={**OPTIONS, "xf_layers": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "description", "stale"),
+    [
+        ("glide-ft-0x1.pt", {"vlb_weight": 0.001}, False),
+        ("glide-ft-0x1-ema.pt", {"vlb_weight": 0.0}, True),
+        ("glide-ft-0x1.pt", None, True),  # of trainers that know the noise error alone
+        ("base.pt", None, False),  # as OpenAI released it
+        ("base.pt", {"vlb_weight": 0.0}, True),
+    ],
+)
+def test_a_variance_that_was_not_trained_is_known_from_the_description(
+    tmp_path, name, description, stale
+):
+    model, _, _ = tiny_model()
+    path = tmp_path / name
+    torch.save(model.state_dict(), path)
+    if description is not None:
+        description |= {"kind": "base", "model_options": OPTIONS}
+        path.with_name(path.stem.removesuffix("-ema") + ".json").write_text(json.dumps(description))
+    assert load_model(str(path), model_options=OPTIONS)[0].variance_is_stale is stale
 
 
 def test_without_a_file_the_released_weights_of_the_type_are_fetched(monkeypatch):

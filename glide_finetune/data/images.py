@@ -317,3 +317,20 @@ def read_image(path: str | os.PathLike, size: tuple[int, int]) -> torch.Tensor:
         return to_tensor(read_crop(Path(path), size)).unsqueeze(0)
     except BadSample as error:
         raise ValueError(f"cannot read the image {path}: {error}") from error
+
+
+def read_mask(path: str | os.PathLike, size: tuple[int, int]) -> torch.Tensor:
+    """What is marked white in a file: float32 (1, 1, height, width), 1 where there is any white.
+
+    Cropped as `read_image` crops. Grey is what it is nearer to, black or white; transparency is
+    white. `size` is (width, height). Raises ValueError naming the file if it cannot be read.
+    """
+    try:
+        with _opened(Path(path)) as image:
+            turn = _turn(image)
+            white = to_rgb(image).convert("L").point(lambda value: 255 * (value >= 128))
+            white = white if turn is None else white.transpose(turn)
+            white = white.resize(size, Image.Resampling.BOX, box=crop_box(white.size, size))
+    except BadSample as error:
+        raise ValueError(f"cannot read the mask {path}: {error}") from error
+    return torch.from_numpy(np.asarray(white) > 0).float()[None, None]
