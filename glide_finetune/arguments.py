@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -80,7 +80,7 @@ def _saved_settings(flag: str, path: str | Path) -> dict[str, Any]:
     if unknown := saved.keys() - FIELDS.keys():
         raise ConfigError(f"--{flag}: {path} holds unknown settings: {', '.join(sorted(unknown))}")
     for name, value in saved.items():
-        types = types_of(name)
+        types = types_of(FIELDS[name])
         if type(value) not in types and not (float in types and type(value) is int):
             raise ConfigError(
                 f"--{flag}: in {path} {name} is {value!r}, which should be of type "
@@ -140,21 +140,26 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    add_flags(parser, FIELDS.values())
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, fields: Iterable[dataclasses.Field]) -> None:
+    """Add the flags of fields that `config.flag` made, each to the group of its topic."""
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for field in FIELDS.values():
+    for field in fields:
         title = field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         add_flag(groups[title], field)
-    return parser
 
 
 def add_flag(group: argparse._ActionsContainer, field: dataclasses.Field) -> None:
-    """Add the flag of a field of `TrainConfig` to a parser or a group of it."""
+    """Add the flag of a field that `config.flag` made to a parser or a group of it."""
     name, short, extra = f"--{field.name}", field.metadata["short"], field.metadata["extra"]
     spellings = (name, short) if short and short != name else (name,)
     text = field.metadata["help"]
-    kind = types_of(field.name)[0]
+    kind = types_of(field)[0]
     if kind in (int, float, str) and field.default not in ("", None):
         text += f" (default: {field.default})"
     text = text.replace("%", "%%")
@@ -169,6 +174,7 @@ def add_flag(group: argparse._ActionsContainer, field: dataclasses.Field) -> Non
                 f"--no-{field.name}", dest=field.name, action="store_false", help=argparse.SUPPRESS
             )
     else:
+        kind = str if kind is list else kind
         group.add_argument(*spellings, type=kind, help=text, **extra)
 
 

@@ -40,8 +40,8 @@ def flag(
     run's args.json; `extra` goes to `ArgumentParser.add_argument`.
     """
     metadata = {"short": short, "group": group, "help": help, "once": once, "extra": extra}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -218,9 +218,9 @@ class TrainConfig:
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
 
-def types_of(name: str) -> tuple[type, ...]:
+def types_of(setting: dataclasses.Field) -> tuple[type, ...]:
     """The types that the value of a setting can have, the main one first."""
-    hint = FIELDS[name].type
+    hint = setting.type
     if isinstance(hint, types.UnionType):
         return typing.get_args(hint)
     return (typing.get_origin(hint) or hint,)
@@ -297,7 +297,7 @@ def read_prompts(config: TrainConfig) -> list[str]:
     """
     if not config.prompt_file:
         return [config.test_prompt]
-    return _read_lines("prompt_file", config.prompt_file, "prompt")
+    return read_lines("prompt_file", config.prompt_file, "prompt")
 
 
 def read_skip_words(config: TrainConfig) -> list[str]:
@@ -308,11 +308,18 @@ def read_skip_words(config: TrainConfig) -> list[str]:
     """
     if not config.wds_skip_words:
         return []
-    return _read_lines("wds_skip_words", config.wds_skip_words, "word")
+    return read_lines("wds_skip_words", config.wds_skip_words, "word")
 
 
-def _read_lines(name: str, file: str, what: str) -> list[str]:
-    """The lines of a text file that are not blank, of which there must be some."""
+def read_lines(name: str, file: str, what: str) -> list[str]:
+    """The lines of a text file that are not blank, of which there must be some.
+
+    Args:
+        name: the flag that gave the file, what: what a line holds; for messages.
+
+    Raises:
+        ConfigError: the file cannot be read or holds none.
+    """
     path = Path(file).expanduser()
     try:
         text = path.read_text(encoding="utf-8-sig")

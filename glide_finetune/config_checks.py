@@ -1,16 +1,17 @@
 """Every check of a run's settings, made before torch is imported or anything is downloaded."""
 
+import dataclasses
 import math
 import os
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
-from glide_finetune.config import FIELDS, ConfigError, TrainConfig, read_prompts, read_skip_words
+from glide_finetune.config import ConfigError, TrainConfig, read_prompts, read_skip_words
 from glide_finetune.data.folder_index import check_folder
 from glide_finetune.data.shards import SHARD_SUFFIXES, expand_shards
 from glide_finetune.demo import DEMO_SETTINGS
@@ -36,7 +37,7 @@ def check(config: TrainConfig) -> None:
         ValueError: with one line about the first setting that cannot work.
     """
     start = interpret_resume(config.resume_ckpt, config.checkpoints_dir)
-    _check_choices(config)
+    check_choices(config)
     check_ranges(vars(config))
     _check_combinations(config, start)
     _check_model(config)
@@ -45,12 +46,13 @@ def check(config: TrainConfig) -> None:
     _check_files(config)
 
 
-def _check_choices(config: TrainConfig) -> None:
-    for name, field in FIELDS.items():
-        choices = field.metadata["extra"].get("choices")
-        if choices and getattr(config, name) not in choices:
-            known = ", ".join(choices)
-            raise ConfigError(f"--{name} is {getattr(config, name)!r}; give one of {known}")
+def check_choices(config: Any) -> None:
+    """ConfigError if a setting with choices, of a dataclass made by `flag`, is none of them."""
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), field.metadata["extra"].get("choices")
+        if choices and value not in choices:
+            known = ", ".join(filter(None, choices))
+            raise ConfigError(f"--{field.name} is {value!r}; give one of {known}")
 
 
 class Range(NamedTuple):
@@ -99,13 +101,13 @@ RANGES: dict[str, Range] = {
 }
 
 
-def check_ranges(settings: Mapping[str, object]) -> None:
-    """Hold the numbers among the settings, by their names, against `RANGES`.
+def check_ranges(settings: Mapping[str, object], ranges: Mapping[str, Range] = RANGES) -> None:
+    """Hold the numbers among the settings, by their names, against their ranges.
 
     Raises:
         ValueError: the first that is outside of its range.
     """
-    for name, allowed in RANGES.items():
+    for name, allowed in ranges.items():
         value = settings.get(name)
         # None is for no limit; NaN is in no range
         if value is not None and not allowed.low <= value <= allowed.high:
@@ -143,8 +145,13 @@ def _check_combinations(config: TrainConfig, start: Start) -> None:
         )
     if config.weights_only and not start.weights:
         raise ConfigError("--weights_only goes with --resume_ckpt FILE.pt")
-    if config.device and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", config.device):
-        raise ConfigError(f"--device is {config.device!r}; give cpu, cuda, cuda:N or mps")
+    check_device(config.device)
+
+
+def check_device(name: str) -> None:
+    """ConfigError unless this could be a device, or "" for the best there is."""
+    if name and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ConfigError(f"--device is {name!r}; give cpu, cuda, cuda:N or mps")
 
 
 def _check_model(config: TrainConfig) -> None:
@@ -238,7 +245,7 @@ def _check_files(config: TrainConfig) -> None:
         path = getattr(config, name)
         if path != made_later.get(name) and (path or name == "data_dir"):
             _check_data(config, name, path)
-    _check_writable(config.checkpoints_dir)
+    check_writable("checkpoints_dir", config.checkpoints_dir)
 
 
 def _check_image(path: Path) -> None:
@@ -271,10 +278,11 @@ def _holds_shards(path: str) -> bool:
     return folder.is_dir() and any(p.name.endswith(SHARD_SUFFIXES) for p in folder.iterdir())
 
 
-def _check_writable(checkpoints_dir: str) -> None:
-    folder = Path(checkpoints_dir).expanduser().absolute()
+def check_writable(name: str, path: str) -> None:
+    """ConfigError, naming the flag, unless the folder can be written to or made."""
+    folder = Path(path).expanduser().absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():
-        raise ConfigError(f"--checkpoints_dir: {existing} is a file, not a folder")
+        raise ConfigError(f"--{name}: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"--checkpoints_dir: {existing} cannot be written to; give another one")
+        raise ConfigError(f"--{name}: {existing} cannot be written to; give another one")

@@ -178,6 +178,8 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
+STALE_VARIANCE = "ddpm takes the posterior's variance, since the model's own is untrained"
+
 PICTURES_A_PASS = 16  # drawn at once, so that memory does not depend on how many there are
 
 
@@ -238,7 +240,7 @@ def sample(
         cond_fn: guides as in `GaussianDiffusion`, such as that of a noise-aware CLIP, for all
             images in one pass.
         learned_variance: whether ddpm trusts the model's variance or takes the posterior's. None
-            trusts it unless `load_model` found that it was left untrained.
+            trusts it unless `load_model` found that it was left untrained, which is then logged.
         progress: show a bar for every pass.
 
     Returns:
@@ -249,7 +251,8 @@ def sample(
             seeds or low-res images; an upsampler without an image; known pixels for a model that
             is not made for inpainting, or of another size.
     """
-    chosen = _sampler(sampler or ("ddim" if upsample_enabled else "plms"), cond_fn, threshold)
+    name = sampler or ("ddim" if upsample_enabled else "plms")
+    chosen = pick_sampler(name, cond_fn is not None, bool(threshold))
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     captions = [caption for caption in prompts for _ in range(batch_size)]
     count = len(captions)
@@ -270,10 +273,12 @@ def sample(
     network: Callable[..., torch.Tensor] = glide_model
     if with_guidance:
         network = guided(glide_model, guidance_scale, guidance_rescale, full.alphas_cumprod)
+    is_ddpm = chosen is SAMPLERS["ddpm"]
     if learned_variance is None:
         learned_variance = not getattr(glide_model, "variance_is_stale", False)
-    if chosen is SAMPLERS["ddpm"] and not learned_variance:
-        logger.info("ddpm takes the posterior's variance, since the model's own is untrained")
+        if is_ddpm and not learned_variance:
+            logger.info(STALE_VARIANCE)
+    if is_ddpm and not learned_variance:
         network = with_posterior_variance(network)
 
     given: dict[str, torch.Tensor] = {}
@@ -321,12 +326,16 @@ def sample(
     return known.put_back(drawn) if known else drawn
 
 
-def _sampler(name: str, cond_fn: CondFn | None, threshold: float) -> Sampler:
-    """The sampler of that name, which can do what is asked."""
+def pick_sampler(name: str, cond_fn: bool, threshold: bool) -> Sampler:
+    """The sampler of that name, which can do what is asked.
+
+    Raises:
+        ValueError: there is none, or it works with no `cond_fn` or no `threshold`.
+    """
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[name]
-    for what, asked in (("cond_fn", cond_fn is not None), ("threshold", threshold)):
+    for what, asked in (("cond_fn", cond_fn), ("threshold", threshold)):
         if asked and not sampler.follows_guess:
             able = ", ".join(other for other in SAMPLERS if SAMPLERS[other].follows_guess)
             raise ValueError(f"{name} does not work with a {what}: choose one of {able}")

@@ -1,0 +1,254 @@
+"""What to draw and how: the settings of `python -m glide_finetune.generate`, and their checks.
+
+Nothing here imports torch, so that `--help` and mistakes answer at once.
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from glide_finetune.config import PRECISIONS, ConfigError, flag, read_lines
+from glide_finetune.config_checks import (
+    Range,
+    check_choices,
+    check_device,
+    check_ranges,
+    check_writable,
+)
+from glide_finetune.model_options import described_model
+
+SAMPLER_NAMES = ("ddpm", "ddim", "plms", "prk", "euler", "euler_a", "dpm++2m", "dpm++2m_sde")
+RELEASED = "released"  # in place of a path: OpenAI's weights
+CLIP_FILES = ("clip_image_enc.pt", "clip_text_enc.pt")
+
+WHAT = "what to draw"
+MODELS = "models"
+BASE = "how the base model draws"
+UPSAMPLER = "how the upsampler draws"
+INPAINTING = "painting on a picture"
+RUNNING = "running"
+
+
+@dataclass
+class GenerateConfig:
+    """Every setting, named as its flag. Those marked `once` make no difference to a picture or
+    are told beside the settings in its file."""
+
+    # fmt: off
+    prompt: list[str] = flag([], "-prompt", group=WHAT, once=True, nargs="+", metavar="TEXT",
+        help="one caption or several")
+    prompt_file: str = flag("", group=WHAT, once=True, metavar="FILE",
+        help="captions, one a line, instead of --prompt")
+    again: str = flag("", group=WHAT, once=True, metavar="PNG",
+        help="draw this picture again, with what its file tells; other flags change it")
+    num_images: int = flag(1, "-n", group=WHAT, once=True, metavar="N",
+        help="pictures of each caption")
+    seed: int = flag(0, "-seed", group=WHAT, once=True, metavar="N",
+        help="of the first picture of each caption; the next ones have N + 1, N + 2, …")
+
+    base: str = flag(RELEASED, "-base", group=MODELS, metavar="PATH",
+        help="weights of the base model (.pt), or a run folder, of which the newest checkpoint is "
+             "taken, averaged if the run keeps an average; released: OpenAI's")
+    upsampler: str = flag("", "-upsampler", group=MODELS, metavar="PATH",
+        help="the same for the upsampler (default: no upsampling)")
+    clip: list[str] = flag([], group=MODELS, nargs="+", metavar="PATH",
+        help=f"noise-aware CLIP that guides the base model: a folder with {CLIP_FILES[0]} and "
+             f"{CLIP_FILES[1]}, or these two files, or released")
+
+    sampler: str = flag("plms", "-sampler", group=BASE, choices=SAMPLER_NAMES,
+        help="how to draw, see docs/samplers.md")
+    steps: str = flag("100", "-steps", group=BASE, metavar="N",
+        help="timesteps of a picture, or a respacing such as fast27, ddim50 or 10,10,3,2,2")
+    guidance_scale: float = flag(4.0, "-gs", group=BASE, metavar="S",
+        help="classifier-free guidance, 1 for none")
+    guidance_rescale: float = flag(0.0, group=BASE, metavar="R",
+        help="how much of the contrast that guidance adds is taken back, 0 to 1")
+    threshold: float = flag(0.0, group=BASE, metavar="Q",
+        help="dynamic thresholding at this quantile, such as 0.995; 0 for none")
+    negative_prompt: str = flag("", group=BASE, metavar="TEXT",
+        help="what guidance leads away from, without effect where there is none")
+    clip_scale: float = flag(3.0, group=BASE, metavar="S", help="how strongly --clip guides")
+    side_x: int = flag(0, "-x", group=BASE, metavar="PIXELS",
+        help="width of the base picture (default: as trained)")
+    side_y: int = flag(0, "-y", group=BASE, metavar="PIXELS",
+        help="height of the base picture (default: as trained)")
+
+    upsample_sampler: str = flag("ddim", group=UPSAMPLER, choices=SAMPLER_NAMES,
+        help="as --sampler")
+    upsample_steps: str = flag("fast27", group=UPSAMPLER, metavar="N", help="as --steps")
+    upsample_temp: float = flag(0.997, group=UPSAMPLER, metavar="T",
+        help="temperature of the start noise")
+    upscale_factor: int = flag(4, "-upscale", group=UPSAMPLER, metavar="N",
+        help="how many times larger its picture is")
+
+    inpaint_image: str = flag("", group=INPAINTING, metavar="FILE",
+        help="a picture to paint on, which models of the inpainting kinds can; what is not "
+             "painted on stays")
+    inpaint_mask: str = flag("", group=INPAINTING, metavar="FILE",
+        help="of the same size, white where to paint")
+
+    batch_size: int = flag(16, "-bs", group=RUNNING, once=True, metavar="N",
+        help="pictures drawn at once; it makes no difference to them")
+    device: str = flag("", "-dev", group=RUNNING, once=True, metavar="NAME",
+        help="cpu, cuda, cuda:1 … (default: the best there is)")
+    precision: str = flag("fp32", group=RUNNING, choices=PRECISIONS, help="of the arithmetic")
+    output_dir: str = flag("./generated", "-out", group=RUNNING, once=True, metavar="DIR",
+        help="where the pictures go, numbered on from those that are there")
+    # fmt: on
+
+    def prompts(self) -> list[str]:
+        """The captions.
+
+        Raises:
+            ConfigError: there are none, or the file cannot be read.
+        """
+        if self.prompt and self.prompt_file:
+            raise ConfigError("--prompt and --prompt_file both give captions: give one of them")
+        if self.prompt_file:
+            return read_lines("prompt_file", self.prompt_file, "prompt")
+        if not self.prompt:
+            raise ConfigError("there is no caption: give --prompt or --prompt_file")
+        return list(self.prompt)
+
+    def settings(self) -> dict[str, Any]:
+        """What a picture depends on beside its prompt and its seed."""
+        return {
+            name: getattr(self, name)
+            for name, field in FIELDS.items()
+            if not field.metadata["once"]
+        }
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(GenerateConfig)}
+
+_FROM_ONE = Range(1, 2**31, "a number of at least 1")
+_FROM_ZERO = Range(0, 1e9, "a number of at least 0")
+_SHARE = Range(0, 1, "a number from 0 to 1")
+RANGES = {
+    "num_images": _FROM_ONE,
+    "batch_size": _FROM_ONE,
+    "upscale_factor": _FROM_ONE,
+    "seed": Range(0, 2**63 - 1, "a number from 0 to 2^63 - 1"),
+    "guidance_scale": _FROM_ZERO,
+    "guidance_rescale": _SHARE,
+    "threshold": _SHARE,
+    "clip_scale": _FROM_ZERO,
+    "side_x": _FROM_ZERO,
+    "side_y": _FROM_ZERO,
+    "upsample_temp": _FROM_ZERO,
+}
+_RESPACING = r"[0-9]+(,[0-9]+)*|ddim[0-9]+|fast27"
+
+
+def check(config: GenerateConfig) -> None:
+    """Hold every setting against its range, the others and the files it names.
+
+    Raises:
+        ConfigError: with one line about the first that cannot work.
+    """
+    config.prompts()
+    check_choices(config)
+    check_ranges(vars(config), RANGES)
+    check_device(config.device)
+    for name in ("steps", "upsample_steps"):
+        if not re.fullmatch(_RESPACING, getattr(config, name)):
+            raise ConfigError(
+                f"--{name} is {getattr(config, name)!r}; give a number, or a respacing such as "
+                "fast27, ddim50 or 10,10,3,2,2"
+            )
+    if bool(config.inpaint_image) != bool(config.inpaint_mask):
+        raise ConfigError("--inpaint_image and --inpaint_mask go together: give both")
+    _check_model("base", config.base, "base")
+    if config.upsampler:
+        _check_model("upsampler", config.upsampler, "upsample")
+    if config.clip and config.clip != [RELEASED]:
+        for path in clip_paths(config.clip):
+            if not path.is_file():
+                raise ConfigError(f"--clip: there is no file {path}")
+    if config.inpaint_image:
+        sizes = [_image_size(n, getattr(config, n)) for n in ("inpaint_image", "inpaint_mask")]
+        if sizes[0] != sizes[1]:
+            image, mask = (f"{width}x{height}" for width, height in sizes)
+            raise ConfigError(
+                f"--inpaint_mask has {mask} pixels, the image {image}: give a mask of its size"
+            )
+    check_writable("output_dir", config.output_dir)
+
+
+def clip_paths(given: list[str]) -> list[Path]:
+    """The files of CLIP's image and text encoders that `--clip` names."""
+    paths = [Path(path).expanduser() for path in given]
+    if len(paths) == 1:
+        paths = [paths[0] / name for name in CLIP_FILES]
+    if len(paths) != 2:
+        raise ConfigError(
+            f"--clip has {len(paths)} paths; give a folder, or the files of the image and the text "
+            "encoder"
+        )
+    return paths
+
+
+def _check_model(name: str, given: str, kind: str) -> None:
+    """Whether there is something, and of what kind it is, as far as a description tells."""
+    if given == RELEASED:
+        return
+    path = Path(given).expanduser()
+    if not path.exists():
+        raise ConfigError(f"--{name}: {path} does not exist: give a .pt file or a run folder")
+    if path.is_file():
+        check_stage(name, path, described_model(path)[0] or kind, kind)
+
+
+def check_stage(name: str, path: Path, found: str, wanted: str) -> None:
+    """ConfigError if the model in `path` belongs to the other stage.
+
+    Args:
+        name: the flag that gave it.
+        found: its kind, such as base-inpaint.
+        wanted: base or upsample.
+    """
+    if not found.startswith(wanted):
+        other = "upsampler" if found.startswith("upsample") else "base"
+        raise ConfigError(
+            f"--{name}: {path} holds a model of kind {found}: give it as --{other}, and one of "
+            f"kind {wanted} here"
+        )
+
+
+def _image_size(name: str, given: str) -> tuple[int, int]:
+    """(width, height) of an image file as it is to be seen."""
+    path = Path(given).expanduser()
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).size
+    except FileNotFoundError:
+        raise ConfigError(f"--{name}: there is no file {path}") from None
+    except Exception as error:  # Pillow's decoders raise all sorts
+        raise ConfigError(f"--{name}: cannot read {path}: {error}") from None
+
+
+def settings_of(picture: str) -> dict[str, Any]:
+    """The settings that a picture was drawn with, its prompt and seed among them.
+
+    Raises:
+        ConfigError: it cannot be read, or was not drawn here.
+    """
+    path = Path(picture).expanduser()
+    _image_size("again", picture)
+    try:
+        with Image.open(path) as image:
+            told = {"prompt": [image.text["prompt"]], "seed": int(image.text["seed"])}
+            settings = json.loads(image.text["settings"])
+    except (AttributeError, LookupError, ValueError):
+        raise ConfigError(
+            f"--again: {path} does not tell how it was drawn: give a picture that "
+            "glide_finetune.generate has written"
+        ) from None
+    if unknown := settings.keys() - FIELDS.keys():
+        raise ConfigError(f"--again: {path} holds unknown settings: {', '.join(sorted(unknown))}")
+    return settings | told

@@ -1,0 +1,316 @@
+"""Drawing pictures in two stages, and writing them with all that is needed to draw them again.
+
+From a notebook:
+
+    from glide_finetune.generate_config import GenerateConfig
+    from glide_finetune.generation import generate
+
+    paths = generate(GenerateConfig(prompt=["a red fox"], base="glide_checkpoints/0000"))
+"""
+
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, PngImagePlugin
+from torch import nn
+
+from glide_finetune import weights
+from glide_finetune.checkpoints import newest_checkpoint
+from glide_finetune.data import images
+from glide_finetune.fp16_util import Precision
+from glide_finetune.generate_config import (
+    RELEASED,
+    GenerateConfig,
+    check,
+    check_stage,
+    clip_paths,
+)
+from glide_finetune.glide_util import STALE_VARIANCE, load_model, pick_sampler, sample
+from glide_finetune.model_options import described_model
+from glide_finetune.runs import read_args
+from glide_finetune.samples import labelled_grid
+from glide_finetune.seeds import derived_seed
+from glide_finetune.training_run import pick_device
+from glide_text2im.clip.model_creation import CLIPModel, create_clip_model
+from glide_text2im.download import load_checkpoint
+
+logger = logging.getLogger(__name__)
+
+CLIP_CONFIG = "config.yaml"  # of the network's size, beside the encoders where it is another one
+
+
+def generate(config: GenerateConfig) -> list[Path]:
+    """Draw and write the pictures that `config` asks for, and a grid of them.
+
+    Returns:
+        The files of the pictures, in the order of the captions.
+
+    Raises:
+        ValueError, OSError, DownloadError: with one line for the user.
+    """
+    check(config)
+    folder = Path(config.output_dir).expanduser()
+    painter = Painter(config)
+    jobs = [
+        (prompt, config.seed + number)
+        for prompt in config.prompts()
+        for number in range(config.num_images)
+    ]
+    painter.tell_what_is_cut(config.prompts())
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures, paths = [], []
+    for first in range(0, len(jobs), config.batch_size):
+        prompts, seeds = map(list, zip(*jobs[first : first + config.batch_size], strict=True))
+        drawn = painter.draw(prompts, seeds)
+        for picture, prompt, seed in zip(drawn, prompts, seeds, strict=True):
+            text = {"prompt": prompt, "seed": str(seed), "settings": json.dumps(painter.settings)}
+            paths.append(write_numbered(folder, "", images.to_pil(picture), text))
+        pictures.append(drawn)
+    grid = labelled_grid(torch.cat(pictures), [prompt for prompt, _ in jobs])
+    grid_path = write_numbered(folder, "grid-", grid, {})
+    logger.info("%s: %d pictures, all of them in %s", folder, len(paths), grid_path.name)
+    return paths
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A model to draw with: where its weights came from, the network and its options."""
+
+    source: str
+    model: nn.Module
+    options: dict[str, Any]
+
+
+class Painter:
+    """The models of a `GenerateConfig`, loaded once, to draw with as often as wanted.
+
+    Where there are two stages, only the one at work is on the device, the other on the CPU.
+
+    Args:
+        config: prompts and numbers of pictures in it are not used.
+
+    Attributes:
+        settings: what the pictures depend on beside prompt and seed; JSON values, with the paths
+            of the files that were really used.
+
+    Raises:
+        ValueError, OSError, DownloadError: with one line, about models that cannot be used.
+    """
+
+    def __init__(self, config: GenerateConfig) -> None:
+        self.config = config
+        self.device = pick_device(config.device)
+        self._precision = Precision(config.precision, self.device)
+        pick_sampler(config.sampler, bool(config.clip), bool(config.threshold))
+        self.base = load_stage("base", config.base, "base", config.inpaint_image)
+        self.upsampler: Stage | None = None
+        if config.upsampler:
+            self.upsampler = load_stage(
+                "upsampler", config.upsampler, "upsample", config.inpaint_image
+            )
+        for stage, sampler in (
+            (self.base, config.sampler),
+            (self.upsampler, config.upsample_sampler),
+        ):
+            if stage and sampler == "ddpm" and stage.model.variance_is_stale:
+                logger.info("%s: %s", stage.source, STALE_VARIANCE)  # here once, not in every pass
+        self.size = self._base_size()
+        self.clip = load_clip(config.clip, self.size, self.device) if config.clip else None
+        self.settings = replace(
+            config,
+            base=self.base.source,
+            upsampler=self.upsampler.source if self.upsampler else "",
+            clip=config.clip if config.clip == [RELEASED] else _absolute(config.clip),
+            inpaint_image=_absolute([config.inpaint_image])[0],
+            inpaint_mask=_absolute([config.inpaint_mask])[0],
+            side_x=self.size[0],
+            side_y=self.size[1],
+        ).settings()
+
+    def draw(self, prompts: list[str], seeds: list[int]) -> torch.Tensor:
+        """A picture of each prompt from the seed beside it, all of them at once.
+
+        Returns:
+            float32 (n, 3, height, width) in [-1, 1], on the CPU.
+        """
+        config = self.config
+        inpainting = {"inpaint_image": config.inpaint_image, "inpaint_mask": config.inpaint_mask}
+        width, height = self.size
+        with self._at_work(self.base), self._precision.autocast():
+            pictures = sample(
+                self.base.model,
+                self.base.options,
+                width,
+                height,
+                prompts,
+                guidance_scale=config.guidance_scale,
+                device=self.device,
+                prediction_respacing=config.steps,
+                sampler=config.sampler,
+                negative_prompt=config.negative_prompt,
+                guidance_rescale=config.guidance_rescale,
+                threshold=config.threshold,
+                seeds=seeds,
+                pictures_a_pass=len(prompts),
+                learned_variance=not self.base.model.variance_is_stale,
+                cond_fn=self.clip.cond_fn(prompts, config.clip_scale) if self.clip else None,
+                progress=True,
+                **inpainting,
+            )
+        if self.upsampler is None:
+            return pictures.cpu()
+        with self._at_work(self.upsampler), self._precision.autocast():
+            return sample(
+                self.upsampler.model,
+                self.upsampler.options,
+                width * config.upscale_factor,
+                height * config.upscale_factor,
+                prompts,
+                device=self.device,
+                prediction_respacing=config.upsample_steps,
+                upsample_enabled=True,
+                image_to_upsample=pictures,
+                upsample_temp=config.upsample_temp,
+                sampler=config.upsample_sampler,
+                seeds=[derived_seed(seed, "upsampler") for seed in seeds],
+                pictures_a_pass=len(prompts),
+                learned_variance=not self.upsampler.model.variance_is_stale,
+                progress=True,
+                **inpainting,
+            ).cpu()
+
+    def tell_what_is_cut(self, prompts: list[str]) -> None:
+        """Log a line about each prompt of which the model does not read the end."""
+        if not self.base.options["xf_width"]:
+            return
+        most, tokenizer = self.base.options["text_ctx"], self.base.model.tokenizer
+        for prompt in prompts:
+            tokens = tokenizer.encode(prompt)
+            if len(tokens) > most:
+                logger.warning(
+                    "a caption has %d tokens, the model reads %d: what is cut is %r",
+                    len(tokens), most, tokenizer.decode(tokens[most:]),
+                )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _at_work(self, stage: Stage) -> Iterator[None]:
+        """While open, the model of this stage is on the device."""
+        stage.model.to(self.device)
+        try:
+            yield
+        finally:
+            if self.upsampler:
+                stage.model.to("cpu")
+
+    def _base_size(self) -> tuple[int, int]:
+        """(width, height) of base pictures: as asked, as trained, or as the model's options say."""
+        trained: dict[str, Any] = {}
+        if self.base.source != RELEASED:
+            with contextlib.suppress(ValueError):  # no file of a run
+                trained = read_args(Path(self.base.source).parent)
+        width, height = (
+            getattr(self.config, name) or trained.get(name) or self.base.options["image_size"]
+            for name in ("side_x", "side_y")
+        )
+        return width, height
+
+
+def load_stage(name: str, source: str, stage: str, inpainting: str | bool = False) -> Stage:
+    """The model of one stage, on the CPU.
+
+    Args:
+        name: the flag that gave it, for messages.
+        source: a .pt file, a run folder, or released.
+        stage: base or upsample.
+        inpainting: whether it has to be made for that.
+
+    Raises:
+        ValueError: there is no such file or checkpoint, or it is of another kind.
+        DownloadError: OpenAI's weights are not to be had.
+    """
+    wanted = f"{stage}-inpaint" if inpainting else stage
+    if source == RELEASED:
+        model, _, options = load_model(model_type=wanted)
+        return Stage(RELEASED, model, options)
+    path = _weights_in(name, Path(source).expanduser())
+    kind = described_model(path)[0] or weights.kind_of_model(weights.read_weights(path)) or wanted
+    check_stage(name, path, kind, stage)
+    if inpainting and kind != wanted:
+        raise ValueError(
+            f"--{name}: {path} holds a model of kind {kind}, which cannot paint on a picture: give "
+            f"one of kind {wanted}"
+        )
+    model, _, options = load_model(str(path), model_type=kind)
+    return Stage(str(path.absolute()), model, options)
+
+
+def _weights_in(name: str, path: Path) -> Path:
+    """A weights file itself, or those of the newest whole checkpoint of a run folder."""
+    if not path.is_dir():
+        return path
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise ValueError(
+            f"--{name}: {path} holds no whole checkpoint: give the folder of a run, or a .pt file"
+        )
+    return newest.ema or newest.weights
+
+
+def load_clip(given: list[str], size: tuple[int, int], device: torch.device) -> CLIPModel:
+    """The noise-aware CLIP that `--clip` names, for base pictures of `size`.
+
+    Raises:
+        ValueError: the weights do not fit, or it is made for pictures of another size.
+        DownloadError: OpenAI's weights are not to be had.
+    """
+    if given == [RELEASED]:
+        states = [load_checkpoint(f"clip/{part}-enc", "cpu") for part in ("image", "text")]
+        labels, own_config = ["the released CLIP"] * 2, None
+    else:
+        paths = clip_paths(given)
+        states, labels = [weights.read_weights(path) for path in paths], [str(p) for p in paths]
+        own_config = paths[0].with_name(CLIP_CONFIG)
+    clip = create_clip_model(own_config if own_config and own_config.exists() else None, device)
+    encoders = (clip.image_encoder, clip.text_encoder)
+    for encoder, state, label in zip(encoders, states, labels, strict=True):
+        weights.check_fit(encoder, state, label)
+        encoder.load_state_dict(state)
+    side = clip.config["image_size"]
+    if size != (side, side):
+        raise ValueError(
+            f"--clip looks at pictures of {side}x{side} pixels, the base model draws "
+            f"{size[0]}x{size[1]}: leave --clip out, or change --side_x and --side_y"
+        )
+    return clip.eval()
+
+
+def write_numbered(folder: Path, prefix: str, picture: Image.Image, text: dict[str, str]) -> Path:
+    """Write a picture under the next free number, with `text` in its PNG; returns the file.
+
+    What is there is never replaced, not even by several processes at once.
+    """
+    info = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, value)
+    pattern = re.compile(re.escape(prefix) + r"([0-9]{5,})\.png")
+    numbers = [int(m[1]) for path in folder.iterdir() if (m := pattern.fullmatch(path.name))]
+    number = max(numbers, default=-1) + 1
+    while True:
+        path = folder / f"{prefix}{number:05d}.png"
+        try:
+            with open(path, "xb") as file:
+                picture.save(file, "PNG", pnginfo=info)
+            return path
+        except FileExistsError:  # another process was faster
+            number += 1
+
+
+def _absolute(paths: list[str]) -> list[str]:
+    return [str(Path(path).expanduser().absolute()) if path else "" for path in paths]
