@@ -247,12 +247,15 @@ def sample(
         float32 (captions times batch_size, 3, side_y, side_x) in [-1, 1].
 
     Raises:
-        ValueError: an unknown sampler, or one that cannot do what is asked; a wrong number of
-            seeds or low-res images; an upsampler without an image; known pixels for a model that
-            is not made for inpainting, or of another size.
+        ValueError: an unknown sampler, or one that cannot do what is asked; a share out of range;
+            a wrong number of seeds or low-res images; an upsampler without an image; known pixels
+            for a model that is not made for inpainting, or of another size.
     """
     name = sampler or ("ddim" if upsample_enabled else "plms")
     chosen = pick_sampler(name, cond_fn is not None, bool(threshold))
+    for what, share in (("guidance_rescale", guidance_rescale), ("threshold", threshold)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{what} is {share}: give a number from 0 to 1")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     captions = [caption for caption in prompts for _ in range(batch_size)]
     count = len(captions)

@@ -89,6 +89,13 @@ def test_samplers_that_follow_the_bare_noise_refuse_what_they_cannot_do(sampler,
         draw(model, options, sampler=sampler, **option)
 
 
+@pytest.mark.parametrize("option", [{"threshold": 1.5}, {"guidance_rescale": -0.1}])
+def test_shares_out_of_range_are_refused(option):
+    model, _, options = tiny_model()
+    with pytest.raises(ValueError, match=r"(threshold|guidance_rescale) is .*: give a number from"):
+        draw(model, options, sampler="ddim", **option)
+
+
 # -------------------------------------------------------------------------------- negative prompts
 
 
