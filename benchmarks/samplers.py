@@ -29,7 +29,7 @@ def main() -> None:
     )
     parser.add_argument("checkpoint", help="a .pt file of a base model, or a run folder")
     parser.add_argument("--prompt_file", type=Path, required=True, help="captions, one a line")
-    parser.add_argument("--pictures", type=int, default=16, help="captions to draw, one picture of")
+    parser.add_argument("--pictures", type=int, default=8, help="captions to draw, one picture of")
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--steps", nargs="+", default=STEPS, help="numbers or respacings")
     parser.add_argument("--device", default="cpu")
@@ -37,7 +37,7 @@ def main() -> None:
 
     stage = load_stage("checkpoint", args.checkpoint, "base")
     model, side = stage.model.to(args.device), stage.options["image_size"]
-    prompts = args.prompt_file.read_text(encoding="utf-8").split("\n")[: args.pictures]
+    prompts = args.prompt_file.read_text(encoding="utf-8").splitlines()[: args.pictures]
     calls = 0
 
     def count(*_: object) -> None:

@@ -96,10 +96,10 @@ class SampleDrawer:
         self.options = options
         self.folder = folder
         self.low_res = low_res
-        self.respacing = respacing or ("fast27" if config.train_upsample else "50")
-        # Fresh noise in each step mends what a half-trained model gets wrong in the steps before,
-        # but how much of it depends on the variance, which only the bound trains.
-        self.sampler = "ddpm" if config.vlb_weight and not config.train_upsample else "ddim"
+        self.respacing = respacing or ("fast27" if config.train_upsample else "25")
+        # Fresh noise in each step mends what a half-trained model gets wrong in the steps before.
+        # Unlike that of ddpm it does not depend on the variance, which may be untrained.
+        self.sampler = "ddim" if config.train_upsample else "dpm++2m_sde"
         self.prompts = read_prompts(config)
 
     def __call__(self, trainer: "Trainer") -> Path:
@@ -142,5 +142,4 @@ class SampleDrawer:
             sampler=self.sampler,
             seeds=[derived_seed(self.config.seed, "samples", n) for n in range(len(captions))],
             pictures_a_pass=PICTURES_A_PASS,
-            learned_variance=bool(self.config.vlb_weight),
         )

@@ -110,6 +110,17 @@ def test_samples_come_from_the_averaged_weights(tmp_path):
         assert (np.asarray(grid) == before).all()
 
 
+def test_samples_do_not_depend_on_the_learned_variance(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    draw = drawer(trainer, tmp_path)
+    with Image.open(draw(trainer)) as grid:
+        before = np.asarray(grid)
+    with torch.no_grad():
+        trainer.model.out[2].weight[3:].normal_(std=1.0)
+    with Image.open(draw(trainer)) as grid:
+        assert (np.asarray(grid) == before).all()
+
+
 def test_an_upsampler_draws_from_the_low_res_image(tmp_path):
     trainer = tiny_trainer(tmp_path, "upsample", test_batch_size=2)
     low_res = torch.zeros(1, 3, SIDE // 4, SIDE // 4)
