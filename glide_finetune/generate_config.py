@@ -60,9 +60,9 @@ class GenerateConfig:
         help=f"noise-aware CLIP that guides the base model: a folder with {CLIP_FILES[0]} and "
              f"{CLIP_FILES[1]}, or these two files, or released")
 
-    sampler: str = flag("plms", "-sampler", group=BASE, choices=SAMPLER_NAMES,
+    sampler: str = flag("dpm++2m", "-sampler", group=BASE, choices=SAMPLER_NAMES,
         help="how to draw, see docs/samplers.md")
-    steps: str = flag("100", "-steps", group=BASE, metavar="N",
+    steps: str = flag("30", "-steps", group=BASE, metavar="N",
         help="timesteps of a picture, or a respacing such as fast27, ddim50 or 10,10,3,2,2")
     guidance_scale: float = flag(4.0, "-gs", group=BASE, metavar="S",
         help="classifier-free guidance, 1 for none")
