@@ -135,16 +135,20 @@ class Painter:
         ).settings()
 
     def draw(self, prompts: list[str], seeds: list[int]) -> torch.Tensor:
-        """A picture of each prompt from the seed beside it, all of them at once.
+        """A picture of each prompt from the seed beside it, all of them at once, by both stages.
 
         Returns:
             float32 (n, 3, height, width) in [-1, 1], on the CPU.
         """
+        pictures = self.draw_base(prompts, seeds)
+        return self.upsample(pictures, prompts, seeds) if self.upsampler else pictures
+
+    def draw_base(self, prompts: list[str], seeds: list[int]) -> torch.Tensor:
+        """The base stage of `draw` alone; same result, of the size `self.size`."""
         config = self.config
-        inpainting = {"inpaint_image": config.inpaint_image, "inpaint_mask": config.inpaint_mask}
         width, height = self.size
         with self._at_work(self.base), self._precision.autocast():
-            pictures = sample(
+            return sample(
                 self.base.model,
                 self.base.options,
                 width,
@@ -159,13 +163,29 @@ class Painter:
                 threshold=config.threshold,
                 seeds=seeds,
                 pictures_a_pass=len(prompts),
+                inpaint_image=config.inpaint_image,
+                inpaint_mask=config.inpaint_mask,
                 learned_variance=not self.base.model.variance_is_stale,
                 cond_fn=self.clip.cond_fn(prompts, config.clip_scale) if self.clip else None,
                 progress=True,
-                **inpainting,
-            )
+            ).cpu()
+
+    def upsample(
+        self, pictures: torch.Tensor, prompts: list[str], seeds: list[int]
+    ) -> torch.Tensor:
+        """The second stage of `draw` alone, which makes base pictures `upscale_factor` times as
+        large.
+
+        Args:
+            pictures: (n, 3, height, width) in [-1, 1], one for each prompt.
+
+        Raises:
+            ValueError: there is no upsampler.
+        """
         if self.upsampler is None:
-            return pictures.cpu()
+            raise ValueError("there is no model that makes pictures larger: give --upsampler")
+        config = self.config
+        height, width = pictures.shape[2:]
         with self._at_work(self.upsampler), self._precision.autocast():
             return sample(
                 self.upsampler.model,
@@ -181,9 +201,10 @@ class Painter:
                 sampler=config.upsample_sampler,
                 seeds=[derived_seed(seed, "upsampler") for seed in seeds],
                 pictures_a_pass=len(prompts),
+                inpaint_image=config.inpaint_image,
+                inpaint_mask=config.inpaint_mask,
                 learned_variance=not self.upsampler.model.variance_is_stale,
                 progress=True,
-                **inpainting,
             ).cpu()
 
     def tell_what_is_cut(self, prompts: list[str]) -> None:
