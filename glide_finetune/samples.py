@@ -82,6 +82,8 @@ class SampleDrawer:
         folder: where the grids go, named by step.
         low_res: what the upsampler starts from, (1, 3, h, w) in [-1, 1].
         respacing: timesteps of a sampling run.
+        example: for an inpainting model, an item of the data: (tokens, mask, images) or
+            (tokens, mask, low_res, high_res). Its middle is repainted below the other samples.
     """
 
     def __init__(
@@ -91,11 +93,13 @@ class SampleDrawer:
         folder: Path,
         low_res: torch.Tensor | None = None,
         respacing: str = "",
+        example: tuple[torch.Tensor, ...] | None = None,
     ) -> None:
         self.config = config
         self.options = options
         self.folder = folder
         self.low_res = low_res
+        self.example = example
         self.respacing = respacing or ("fast27" if config.train_upsample else "25")
         # Fresh noise in each step mends what a half-trained model gets wrong in the steps before.
         # Unlike that of ddpm it does not depend on the variance, which may be untrained.
@@ -110,7 +114,10 @@ class SampleDrawer:
                 stack.enter_context(trainer.ema.applied())
             stack.enter_context(random_state_kept(trainer.device))
             stack.enter_context(trainer.precision.autocast())
-            pictures = self._draw(trainer, labels)
+            pictures = self._draw(trainer, labels, self.low_res)
+            if self.example:
+                repainted, label = self._repaint(trainer, *self.example)
+                pictures, labels = torch.cat([pictures, repainted]), [*labels, label]
         grid = labelled_grid(pictures, labels)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{trainer.progress.step:08d}.png"
@@ -125,7 +132,27 @@ class SampleDrawer:
         )  # fmt: skip
         return path
 
-    def _draw(self, trainer: "Trainer", captions: list[str]) -> torch.Tensor:
+    def _repaint(
+        self, trainer: "Trainer", tokens: torch.Tensor, mask: torch.Tensor, *pictures: torch.Tensor
+    ) -> tuple[torch.Tensor, str]:
+        """The picture of an item with its middle painted anew by its caption, and a label."""
+        *low_res, image = (picture.unsqueeze(0) for picture in pictures)
+        caption = trainer.model.tokenizer.decode(tokens[mask].tolist())
+        height, width = image.shape[2:]
+        known = torch.ones(1, 1, height, width)
+        known[:, :, height // 4 : height - height // 4, width // 4 : width - width // 4] = 0.0
+        drawn = self._draw(
+            trainer, [caption], *(low_res or [None]), inpaint_image=image, inpaint_mask=known
+        )
+        return drawn, f"middle repainted: {caption}"
+
+    def _draw(
+        self,
+        trainer: "Trainer",
+        captions: list[str],
+        low_res: torch.Tensor | None,
+        **known: torch.Tensor,
+    ) -> torch.Tensor:
         """A picture of each caption, from a seed of its own."""
         return sample(
             trainer.model,
@@ -138,8 +165,9 @@ class SampleDrawer:
             trainer.device,
             self.respacing,
             upsample_enabled=self.config.train_upsample,
-            image_to_upsample="" if self.low_res is None else self.low_res,
+            image_to_upsample="" if low_res is None else low_res,
             sampler=self.sampler,
             seeds=[derived_seed(self.config.seed, "samples", n) for n in range(len(captions))],
             pictures_a_pass=PICTURES_A_PASS,
+            **known,
         )

@@ -27,6 +27,8 @@ class TrainingData:
     loader: batches, with the keys of their samples last.
     validation: items without keys and without anything random, if there is validation.
     low_res: (1, 3, side_y, side_x) in [-1, 1], for the samples of an upsampler.
+    example: the tensors of one item, (tokens, mask, images) or (tokens, mask, low_res, high_res),
+        of the validation data if there is any.
     description: one line about it all.
     fingerprint: changes with the names of the images, or the names and sizes of the shards.
     """
@@ -34,6 +36,7 @@ class TrainingData:
     loader: FolderBatches | ShardBatches
     validation: Sequence | None
     low_res: torch.Tensor | None
+    example: tuple[torch.Tensor, ...]
     description: str
     fingerprint: str
 
@@ -56,7 +59,7 @@ def make_training_data(
         training, low_res = _held_back_low_res(training, validation, config.seed)
     # So that wrong keys, and filters that let nothing pass, are found before anything else is made.
     for dataset in filter(None, (training, validation)):
-        next(iter(dataset.for_evaluation()))
+        example = next(iter(dataset.for_evaluation()))
     loader = make_dataloader(
         training,
         config.batch_size,
@@ -69,6 +72,7 @@ def make_training_data(
         loader,
         validation,
         low_res,
+        tuple(example[: 4 if config.train_upsample else 3]),
         _describe(config, training, validation),
         _fingerprint(training),
     )

@@ -127,7 +127,10 @@ def _run(config: TrainConfig, origin: "Origin", stack: contextlib.ExitStack) -> 
         remove_temporary(folder)
     write_args(run_folder, settings)
     if config.log_frequency:
-        trainer.draw_samples = SampleDrawer(config, options, run_folder / SAMPLES_NAME, low_res)
+        trainer.draw_samples = SampleDrawer(
+            config, options, run_folder / SAMPLES_NAME, low_res,
+            example=data.example if config.train_inpaint else None,
+        )  # fmt: skip
     trainer.log = MetricsLog(
         run_folder,
         resume_step=trainer.reported_step if origin.goes_on else None,

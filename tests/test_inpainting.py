@@ -3,12 +3,14 @@
 import json
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from glide_finetune.batch_losses import batch_losses
 from glide_finetune.config import TrainConfig
+from glide_finetune.data import images
 from glide_finetune.glide_finetune import (
     base_train_step,
     run_glide_finetune_epoch,
@@ -160,6 +162,29 @@ def test_samples_are_whole_pictures_with_nothing_known(tmp_path, kind):
     assert not any("inpaint_mask" in conditions for conditions in seen)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_sample_is_a_picture_of_the_data_with_its_middle_painted_anew(tmp_path, kind):
+    trainer = tiny_trainer(tmp_path, kind, log=mock.Mock())
+    _, _, *pictures = (part[0] for part in batch_of(kind, 1))
+    encoder = trainer.model.tokenizer
+    tokens, mask = encoder.padded_tokens_and_mask(encoder.encode("a disc"), OPTIONS["text_ctx"])
+    example = (torch.tensor(tokens), torch.tensor(mask), *pictures)
+    low_res = torch.zeros(1, 3, SIDE // 4, SIDE // 4) if kind == "upsample-inpaint" else None
+    draw = SampleDrawer(trainer.config, trainer.options, tmp_path, low_res, "6", example)
+    draw(trainer)
+    draw(trainer)
+    (_, drawn, labels, _), (_, again, _, _) = (
+        c.args for c in trainer.log.log_images.call_args_list
+    )
+    assert labels == [trainer.config.test_prompt, "middle repainted: a disc"]
+    assert drawn[-1].tobytes() == again[-1].tobytes()
+    found, given = np.asarray(drawn[-1]), np.asarray(images.to_pil(pictures[-1]))
+    middle = np.zeros((SIDE, SIDE), dtype=bool)
+    middle[2:6, 2:6] = True
+    assert (found[~middle] == given[~middle]).all()
+    assert (found[middle] != given[middle]).any(axis=-1).mean() > 0.9
+
+
 def test_an_epoch_in_a_notebook_saves_an_inpainting_model_as_one(tmp_path):
     model, diffusion, options = tiny_model("base-inpaint")
     run_glide_finetune_epoch(
@@ -172,7 +197,7 @@ def test_an_epoch_in_a_notebook_saves_an_inpainting_model_as_one(tmp_path):
 def test_a_checkpoint_says_its_kind_and_is_loaded_as_it(tmp_path):
     trainer = tiny_trainer(tmp_path, "base-inpaint")
     trainer.train_step([tiny_batch()])
-    trainer.save()
+    trainer.finish()
     assert json.loads((tmp_path / "glide-ft-0x1.json").read_text())["kind"] == "base-inpaint"
     path = str(tmp_path / "glide-ft-0x1.pt")
     model, _, options = load_model(path, model_type="base-inpaint")
