@@ -60,7 +60,7 @@ def test_fp16_is_recorded_while_the_weights_stay_float32():
 def test_a_checkpoint_is_loaded_with_the_options_beside_it(tmp_path):
     trainer = tiny_trainer(tmp_path, "upsample")
     trainer.train_step([upsample_batch()])
-    trainer.save()
+    trainer.finish()
     path = tmp_path / "glide-ft-0x1.pt"
     model, _, options = load_model(str(path), model_type="upsample")
     assert options["xf_width"] == OPTIONS["xf_width"]
