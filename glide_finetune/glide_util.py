@@ -226,8 +226,9 @@ def sample(
             equal to 1 or to the number of images that come out.
         upsample_temp: the upsampler's start noise is multiplied by it.
         upscale_factor: a file is read at the output size divided by it.
-        sampler: a name in `SAMPLERS`; by default plms for the base model and ddim for the
-            upsampler. ddpm alone uses the learned variance.
+        sampler: a name in `SAMPLERS`; by default plms for the base model, and ddim for the
+            upsampler and on known pixels, of which plms takes no notice. ddpm alone uses the
+            learned variance.
         negative_prompt: what guidance leads away from, instead of the empty caption. Without
             guidance it has no effect.
         guidance_rescale: see `guided`; 0 is none.
@@ -251,7 +252,8 @@ def sample(
             a wrong number of seeds or low-res images; an upsampler without an image; known pixels
             for a model that is not made for inpainting, or of another size.
     """
-    name = sampler or ("ddim" if upsample_enabled else "plms")
+    paints_on_picture = torch.is_tensor(inpaint_image) or bool(inpaint_image)
+    name = sampler or ("ddim" if upsample_enabled or paints_on_picture else "plms")
     chosen = pick_sampler(name, cond_fn is not None, bool(threshold))
     for what, share in (("guidance_rescale", guidance_rescale), ("threshold", threshold)):
         if not 0 <= share <= 1:

@@ -60,15 +60,21 @@ def read_known_pixels(
             (1 or n, 1, H, W), 1 where known.
 
     Raises:
-        ValueError: a file cannot be read, the two have different sizes, or tensors other shapes.
+        ValueError: a file cannot be read, the two have different sizes, a mask has nothing to
+            repaint, or tensors have other shapes.
     """
     files = [source for source in (image, mask) if not torch.is_tensor(source)]
+    if len(files) == 2:
+        _check_same_size(*files)
     if not torch.is_tensor(image):
         image = images.read_image(image, size)
     if not torch.is_tensor(mask):
-        mask = 1 - images.read_mask(mask, size)
-    if len(files) == 2:
-        _check_same_size(*files)
+        white = images.read_mask(mask, size)
+        if not white.any():
+            raise ValueError(
+                f"the mask {mask} has nothing white in what is drawn: make white where to paint"
+            )
+        mask = 1 - white
     height, width = size[::-1]
     for name, tensor, channels in (("inpaint_image", image, 3), ("inpaint_mask", mask, 1)):
         if tensor.ndim != 4 or tensor.shape[1:] != (channels, height, width):

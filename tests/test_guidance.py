@@ -246,6 +246,17 @@ def test_known_pixels_come_out_as_they_are(kind, sampler):
     assert torch.equal(calls[0]["inpaint_image"], (image * mask).expand(2, 3, SIDE, SIDE))
 
 
+def test_a_base_model_paints_on_a_picture_with_a_sampler_that_looks_at_it_by_default():
+    model, _, options = tiny_model("base-inpaint")
+    image, mask = known()
+    keywords = {"inpaint_image": image, "inpaint_mask": mask}
+    default, ddim, plms = (
+        draw(model, options, sampler=sampler, **keywords) for sampler in ("", "ddim", "plms")
+    )
+    assert torch.equal(default, ddim)
+    assert not torch.equal(default, plms)
+
+
 @pytest.mark.parametrize("guidance_scale", [1, 3])
 def test_known_pixels_are_put_back_at_every_step(guidance_scale):
     """What the model sees where nothing is left to be drawn is the image with the right noise."""
@@ -290,6 +301,16 @@ def test_files_of_image_and_mask_are_cropped_alike_and_white_is_not_known(tmp_pa
     want[0, 0] = 0
     assert torch.equal(got.mask[0, 0], want)
     assert got.image.shape == (1, 3, 8, 8)
+
+
+def test_a_mask_with_nothing_to_paint_is_refused(tmp_path):
+    image = Image.new("RGB", (20, 10))
+    image.save(tmp_path / "black.png")
+    image.paste("white", (0, 0, 4, 10))  # beside the centre, which alone is drawn
+    image.save(tmp_path / "outside.png")
+    for name in ("black.png", "outside.png"):
+        with pytest.raises(ValueError, match=f"{name} has nothing white in what is drawn"):
+            read_known_pixels(tmp_path / "black.png", tmp_path / name, (4, 4))
 
 
 def test_a_mask_of_another_size_is_refused(tmp_path):
