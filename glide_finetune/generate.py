@@ -9,7 +9,9 @@ python -m glide_finetune.generate --again generated/00003.png      # the same pi
 
 import argparse
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from glide_finetune.arguments import Parser, add_flags
@@ -67,12 +69,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(package).setLevel(logging.INFO)
     # torch takes seconds to import, so it waits until the settings are known to be right
     from glide_finetune.generation import generate
+    from glide_finetune.memory import is_out_of_memory
     from glide_text2im.download import DownloadError
 
     try:
         generate(config)
-    except (ValueError, OSError, DownloadError) as error:
-        print(f"{build_parser().prog}: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, DownloadError, RuntimeError, MemoryError) as error:
+        message = str(error)
+        if is_out_of_memory(error):
+            message = f"memory does not suffice: give a --batch_size below {config.batch_size}"
+        elif isinstance(error, RuntimeError | MemoryError):
+            raise
+        if os.environ.get("GLIDE_TRACEBACK") == "1":
+            traceback.print_exc()
+        print(f"{build_parser().prog}: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{build_parser().prog}: interrupted", file=sys.stderr)

@@ -101,6 +101,15 @@ class GenerateConfig:
         help="where the pictures go, numbered on from those that are there")
     # fmt: on
 
+    def __post_init__(self) -> None:
+        """Take what is natural in a notebook, too: one text in place of a list, a bare number."""
+        for name in ("prompt", "clip"):
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, [value])
+        for name in ("steps", "upsample_steps"):
+            if isinstance(value := getattr(self, name), int):
+                setattr(self, name, str(value))
+
     def prompts(self) -> list[str]:
         """The captions.
 

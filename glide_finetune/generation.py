@@ -5,7 +5,7 @@ From a notebook:
     from glide_finetune.generate_config import GenerateConfig
     from glide_finetune.generation import generate
 
-    paths = generate(GenerateConfig(prompt=["a red fox"], base="glide_checkpoints/0000"))
+    paths = generate(GenerateConfig(prompt="a red fox", base="glide_checkpoints/0000"))
 """
 
 import contextlib
@@ -43,14 +43,22 @@ from glide_text2im.download import load_checkpoint
 
 logger = logging.getLogger(__name__)
 
+MOST_IN_GRID = 256  # pictures; a grid of thousands could not be looked at, nor always be held
 CLIP_CONFIG = "config.yaml"  # of the network's size, beside the encoders where it is another one
 
 
 def generate(config: GenerateConfig) -> list[Path]:
     """Draw and write the pictures that `config` asks for, and a grid of them.
 
+    Models are loaded anew by every call; a `Painter` keeps them.
+
+    Args:
+        config: has a field for every flag of the command, with its default.
+
     Returns:
-        The files of the pictures, in the order of the captions.
+        The PNG files of the pictures, `num_images` of the first caption, then those of the next.
+        In each, the texts `prompt`, `seed` and `settings` (JSON) tell how to draw it again. The
+        grid, `grid-….png` beside them, shows at most the first `MOST_IN_GRID`.
 
     Raises:
         ValueError, OSError, DownloadError: with one line for the user.
@@ -63,7 +71,7 @@ def generate(config: GenerateConfig) -> list[Path]:
         for prompt in config.prompts()
         for number in range(config.num_images)
     ]
-    painter.tell_what_is_cut(config.prompts())
+    painter.tell_what_is_cut([*config.prompts(), config.negative_prompt])
     folder.mkdir(parents=True, exist_ok=True)
     pictures, paths = [], []
     for first in range(0, len(jobs), config.batch_size):
@@ -72,10 +80,14 @@ def generate(config: GenerateConfig) -> list[Path]:
         for picture, prompt, seed in zip(drawn, prompts, seeds, strict=True):
             text = {"prompt": prompt, "seed": str(seed), "settings": json.dumps(painter.settings)}
             paths.append(write_numbered(folder, "", images.to_pil(picture), text))
-        pictures.append(drawn)
-    grid = labelled_grid(torch.cat(pictures), [prompt for prompt, _ in jobs])
+        if first < MOST_IN_GRID:
+            pictures.append(drawn)
+    shown = torch.cat(pictures)[:MOST_IN_GRID]
+    labels = [f"{path.stem} {prompt}" for path, (prompt, _) in zip(paths, jobs, strict=True)]
+    grid = labelled_grid(shown, labels[: len(shown)])
     grid_path = write_numbered(folder, "grid-", grid, {})
-    logger.info("%s: %d pictures, all of them in %s", folder, len(paths), grid_path.name)
+    which = "all of them" if len(shown) == len(paths) else f"the first {len(shown)}"
+    logger.info("%s: %d pictures, %s in %s", folder, len(paths), which, grid_path.name)
     return paths
 
 
@@ -326,11 +338,17 @@ def write_numbered(folder: Path, prefix: str, picture: Image.Image, text: dict[s
     while True:
         path = folder / f"{prefix}{number:05d}.png"
         try:
-            with open(path, "xb") as file:
-                picture.save(file, "PNG", pnginfo=info)
-            return path
+            file = open(path, "xb")  # noqa: SIM115
         except FileExistsError:  # another process was faster
             number += 1
+            continue
+        try:
+            with file:
+                picture.save(file, "PNG", pnginfo=info)
+        except BaseException:  # a full disk, Ctrl-C
+            path.unlink()
+            raise
+        return path
 
 
 def _absolute(paths: list[str]) -> list[str]:

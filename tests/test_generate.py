@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from glide_finetune import generation
 from glide_finetune.checkpoints import save_checkpoint
+from glide_finetune.data import images
 from glide_finetune.generate import main, parse_config
 from glide_finetune.generate_config import FIELDS, RANGES, SAMPLER_NAMES, GenerateConfig
 from glide_finetune.generation import Painter, generate, write_numbered
@@ -138,6 +140,39 @@ def test_the_size_of_a_batch_does_not_change_the_pictures(runs, tmp_path, sample
     for one, two, three in zip(*sets, strict=True):
         for other in (two, three):
             assert np.abs(pixels(one).astype(int) - pixels(other)).max() <= 1
+
+
+def test_a_grid_shows_the_first_pictures_with_the_numbers_of_their_files(
+    runs, tmp_path, monkeypatch, caplog
+):
+    grids = []
+    monkeypatch.setattr(generation, "MOST_IN_GRID", 3)
+    monkeypatch.setattr(
+        generation,
+        "labelled_grid",
+        lambda pictures, labels: grids.append((pictures, labels)) or Image.new("RGB", (4, 4)),
+    )
+    with caplog.at_level("INFO"):
+        paths = generate(config_of(runs, tmp_path, num_images=5, batch_size=2))
+    ((pictures, labels),) = grids
+    assert labels == ["00000 a cat", "00001 a cat", "00002 a cat"]
+    for picture, path in zip(pictures, paths[:3], strict=True):
+        assert (np.asarray(images.to_pil(picture)) == pixels(path)).all()
+    assert caplog.messages[-1].endswith("5 pictures, the first 3 in grid-00000.png")
+
+
+def test_a_picture_that_cannot_be_written_leaves_no_file(tmp_path):
+    picture = mock.Mock()
+    picture.save.side_effect = OSError("no space left")
+    with pytest.raises(OSError, match="no space left"):
+        write_numbered(tmp_path, "", picture, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_notebook_may_give_one_caption_and_numbers_as_they_are(runs, tmp_path):
+    config = config_of(runs, tmp_path, prompt="a cat", steps=3, upsample_steps=2, clip="released")
+    assert config.prompts() == ["a cat"]
+    assert (config.steps, config.upsample_steps, config.clip) == ("3", "2", ["released"])
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -367,6 +402,13 @@ def test_what_is_cut_from_a_long_prompt_is_told(runs, tmp_path, caplog):
     (line,) = [r.message for r in caplog.records if "tokens" in r.message]
     most = OPTIONS["text_ctx"]
     assert f"10 tokens, the model reads {most}: what is cut is ' nine ten'" in line
+
+
+def test_too_little_memory_is_told_in_one_line(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generation, "sample", mock.Mock(side_effect=torch.OutOfMemoryError("cuda")))
+    flags = ["--prompt", "a", "--base", str(runs / "base"), "--output_dir", str(tmp_path)]
+    assert main([*flags, "--device", "cpu"]) == 1
+    assert "memory does not suffice: give a --batch_size below 16" in told(capsys)
 
 
 def test_help_and_mistakes_need_no_torch():
