@@ -74,20 +74,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         generate(config)
-    except (ValueError, OSError, DownloadError, RuntimeError, MemoryError) as error:
-        message = str(error)
-        if is_out_of_memory(error):
-            message = f"memory does not suffice: give a --batch_size below {config.batch_size}"
-        elif isinstance(error, RuntimeError | MemoryError):
+    except (ValueError, OSError, DownloadError) as error:
+        return _failed(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        if os.environ.get("GLIDE_TRACEBACK") == "1":
-            traceback.print_exc()
-        print(f"{build_parser().prog}: error: {message}", file=sys.stderr)
-        return 1
+        return _failed(f"memory does not suffice: give a --batch_size below {config.batch_size}")
     except KeyboardInterrupt:
         print(f"{build_parser().prog}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _failed(message: str) -> int:
+    """Tell what went wrong with the exception at hand; returns the exit status."""
+    if os.environ.get("GLIDE_TRACEBACK") == "1":
+        traceback.print_exc()
+    print(f"{build_parser().prog}: error: {message}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
