@@ -7,7 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from glide_finetune.config import FIELDS, ConfigError, TrainConfig, complete, types_of
+from glide_finetune.config import (
+    FIELDS,
+    ConfigError,
+    TrainConfig,
+    check_saved,
+    complete,
+    types_of,
+)
 from glide_finetune.config_checks import check
 from glide_finetune.demo import DEMO_SETTINGS, fast_precision
 from glide_finetune.model_options import described_model, parse_model_option
@@ -77,15 +84,7 @@ def _saved_settings(flag: str, path: str | Path) -> dict[str, Any]:
         saved = read_args(path)
     except ValueError as error:
         raise ConfigError(f"--{flag}: {error}") from None
-    if unknown := saved.keys() - FIELDS.keys():
-        raise ConfigError(f"--{flag}: {path} holds unknown settings: {', '.join(sorted(unknown))}")
-    for name, value in saved.items():
-        types = types_of(FIELDS[name])
-        if type(value) not in types and not (float in types and type(value) is int):
-            raise ConfigError(
-                f"--{flag}: in {path} {name} is {value!r}, which should be of type "
-                f"{types[0].__name__}"
-            )
+    check_saved(flag, path, saved, FIELDS)
     return {name: value for name, value in saved.items() if not FIELDS[name].metadata["once"]}
 
 

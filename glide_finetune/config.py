@@ -8,6 +8,7 @@ import dataclasses
 import os
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,26 @@ def complete(config: TrainConfig) -> TrainConfig:
         uncond_p=uncond_p,
         num_workers=num_workers,
     )
+
+
+def check_saved(
+    name: str, path: str | Path, saved: Mapping[str, Any], fields: Mapping[str, dataclasses.Field]
+) -> None:
+    """ConfigError unless all settings that a file holds are known and of their type.
+
+    Args:
+        name: the flag that gave the file, for messages.
+        fields: those of the settings, by their names.
+    """
+    if unknown := saved.keys() - fields.keys():
+        raise ConfigError(f"--{name}: {path} holds unknown settings: {', '.join(sorted(unknown))}")
+    for setting, value in saved.items():
+        types = types_of(fields[setting])
+        if type(value) not in types and not (float in types and type(value) is int):
+            raise ConfigError(
+                f"--{name}: in {path} {setting} is {value!r}, which should be of type "
+                f"{types[0].__name__}"
+            )
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:

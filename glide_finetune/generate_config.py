@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from glide_finetune.config import PRECISIONS, ConfigError, flag, read_lines
+from glide_finetune.config import PRECISIONS, ConfigError, check_saved, flag, read_lines
 from glide_finetune.config_checks import (
     Range,
     check_choices,
@@ -252,12 +252,11 @@ def settings_of(picture: str) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             told = {"prompt": [image.text["prompt"]], "seed": int(image.text["seed"])}
-            settings = json.loads(image.text["settings"])
-    except (AttributeError, LookupError, ValueError):
+            settings = dict(json.loads(image.text["settings"]))
+    except (AttributeError, LookupError, TypeError, ValueError):
         raise ConfigError(
             f"--again: {path} does not tell how it was drawn: give a picture that "
             "glide_finetune.generate has written"
         ) from None
-    if unknown := settings.keys() - FIELDS.keys():
-        raise ConfigError(f"--again: {path} holds unknown settings: {', '.join(sorted(unknown))}")
+    check_saved("again", path, settings, FIELDS)
     return settings | told

@@ -87,7 +87,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     grid = labelled_grid(shown, labels[: len(shown)])
     grid_path = write_numbered(folder, "grid-", grid, {})
     which = "all of them" if len(shown) == len(paths) else f"the first {len(shown)}"
-    logger.info("%s: %d pictures, %s in %s", folder, len(paths), which, grid_path.name)
+    logger.info("drawn: %d, in %s, %s in %s", len(paths), folder, which, grid_path.name)
     return paths
 
 

@@ -20,6 +20,7 @@ from glide_finetune.generation import Painter, generate, write_numbered
 from glide_finetune.runs import write_args
 from glide_finetune.samplers import SAMPLERS
 from glide_text2im.clip.model_creation import create_clip_model
+from glide_text2im.download import DownloadError
 from tiny_training import OPTIONS, SIDE, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -158,7 +159,7 @@ def test_a_grid_shows_the_first_pictures_with_the_numbers_of_their_files(
     assert labels == ["00000 a cat", "00001 a cat", "00002 a cat"]
     for picture, path in zip(pictures, paths[:3], strict=True):
         assert (np.asarray(images.to_pil(picture)) == pixels(path)).all()
-    assert caplog.messages[-1].endswith("5 pictures, the first 3 in grid-00000.png")
+    assert caplog.messages[-1].endswith("the first 3 in grid-00000.png")
 
 
 def test_a_picture_that_cannot_be_written_leaves_no_file(tmp_path):
@@ -396,6 +397,25 @@ def test_plain_weights_of_the_other_stage_are_told_apart(tmp_path, capsys):
     assert "holds a model of kind upsample: give it as --upsampler" in told(capsys)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("[1]", "does not tell how it was drawn"),
+        ('{"size": 3}', "holds unknown settings: size"),
+        ('{"upsampler": 3}', "upsampler is 3, which should be of type str"),
+        ('{"side_x": "8"}', "side_x is '8', which should be of type int"),
+    ],
+)
+def test_a_picture_whose_settings_were_changed_is_told_in_one_line(
+    tmp_path, capsys, settings, message
+):
+    text = {"prompt": "a cat", "seed": "1", "settings": settings}
+    path = write_numbered(tmp_path, "", Image.new("RGB", (4, 4)), text)
+    with pytest.raises(SystemExit):
+        parse_config(["--again", str(path)])
+    assert message in told(capsys)
+
+
 def test_what_is_cut_from_a_long_prompt_is_told(runs, tmp_path, caplog):
     prompt = "one two three four five six seven eight nine ten"
     generate(config_of(runs, tmp_path, prompt=["a cat", prompt]))
@@ -409,6 +429,13 @@ def test_too_little_memory_is_told_in_one_line(runs, tmp_path, capsys, monkeypat
     flags = ["--prompt", "a", "--base", str(runs / "base"), "--output_dir", str(tmp_path)]
     assert main([*flags, "--device", "cpu"]) == 1
     assert "memory does not suffice: give a --batch_size below 16" in told(capsys)
+
+
+def test_weights_that_are_not_to_be_had_are_told_in_one_line(tmp_path, capsys, monkeypatch):
+    error = DownloadError("cannot download base.pt")
+    monkeypatch.setattr(generation, "load_model", mock.Mock(side_effect=error))
+    assert main(["--prompt", "a", "--output_dir", str(tmp_path), "--device", "cpu"]) == 1
+    assert told(capsys).endswith("error: cannot download base.pt")
 
 
 def test_help_and_mistakes_need_no_torch():
