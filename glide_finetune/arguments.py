@@ -3,7 +3,8 @@
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ from glide_finetune.config import (
 )
 from glide_finetune.config_checks import check
 from glide_finetune.demo import DEMO_SETTINGS, fast_precision
-from glide_finetune.model_options import described_model, parse_model_option
+from glide_finetune.model_options import MODEL_TYPES, described_model, parse_model_option
 from glide_finetune.runs import ARGS_NAME, interpret_resume, read_args
 
 # Setting one of these means that the other is not wanted.
@@ -57,25 +58,29 @@ def _with_defaults(typed: dict[str, Any]) -> dict[str, Any]:
     """What is typed, over everything that it names as defaults."""
     defaults = DEMO_SETTINGS | {"precision": fast_precision()} if typed.get("demo") else {}
     if typed.get("config"):
-        defaults = _merge(defaults, _saved_settings("config", typed["config"]))
-    settings = _merge(defaults, typed)
+        defaults = merge(defaults, saved_settings("config", typed["config"]))
+    settings = merge(defaults, typed)
     start = interpret_resume(
         typed.get("resume_ckpt", ""), settings.get("checkpoints_dir", TrainConfig.checkpoints_dir)
     )
     if start.run_dir and (start.run_dir / ARGS_NAME).exists():
-        return _merge(defaults, _saved_settings("resume_ckpt", start.run_dir), typed)
+        return merge(defaults, saved_settings("resume_ckpt", start.run_dir), typed)
     if start.weights and "model_preset" not in typed:
-        _, options = described_model(start.weights)
-        return _merge(defaults, {"model_options": options}, typed)
+        kind, options = described_model(start.weights)
+        if kind in MODEL_TYPES:  # else there are options of something that is no GLIDE
+            return merge(defaults, {"model_options": options}, typed)
     return settings
 
 
-def _saved_settings(flag: str, path: str | Path) -> dict[str, Any]:
+def saved_settings(
+    flag: str, path: str | Path, fields: Mapping[str, dataclasses.Field] = FIELDS
+) -> dict[str, Any]:
     """The settings of an earlier run, less those that belong to one start alone.
 
     Args:
         flag: the one that named the path, for messages.
         path: an args.json or the folder of a run.
+        fields: the settings that there are, by their names.
 
     Raises:
         ConfigError: it cannot be read, or holds other names or types than those of the settings.
@@ -84,11 +89,11 @@ def _saved_settings(flag: str, path: str | Path) -> dict[str, Any]:
         saved = read_args(path)
     except ValueError as error:
         raise ConfigError(f"--{flag}: {error}") from None
-    check_saved(flag, path, saved, FIELDS)
-    return {name: value for name, value in saved.items() if not FIELDS[name].metadata["once"]}
+    check_saved(flag, path, saved, fields)
+    return {name: value for name, value in saved.items() if not fields[name].metadata["once"]}
 
 
-def _merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Settings from several sources, the later ones winning; of the model options, each by itself.
 
     Raises:
@@ -154,16 +159,21 @@ def add_flags(parser: argparse.ArgumentParser, fields: Iterable[dataclasses.Fiel
 
 
 def add_flag(group: argparse._ActionsContainer, field: dataclasses.Field) -> None:
-    """Add the flag of a field that `config.flag` made to a parser or a group of it."""
-    name, short, extra = f"--{field.name}", field.metadata["short"], field.metadata["extra"]
+    """Add the flag of a field that `config.flag` made to a parser or a group of it.
+
+    A dictionary has KEY=VALUE pairs, which are taken apart as the field's `parse` does it, or else
+    `parse_model_option`.
+    """
+    name, short, extra = f"--{field.name}", field.metadata["short"], dict(field.metadata["extra"])
     spellings = (name, short) if short and short != name else (name,)
     text = field.metadata["help"]
+    parse = extra.pop("parse", parse_model_option)
     kind = types_of(field)[0]
     if kind in (int, float, str) and field.default not in ("", None):
         text += f" (default: {field.default})"
     text = text.replace("%", "%%")
     if kind is dict:
-        group.add_argument(*spellings, action=_Collect, help=text, **extra)
+        group.add_argument(*spellings, action=partial(_Collect, parse), help=text, **extra)
     elif kind is bool:
         group.add_argument(
             *spellings, nargs="?", const=True, type=_switch, metavar="True|False", help=text
@@ -186,11 +196,15 @@ def _switch(text: str) -> bool:
 
 
 class _Collect(argparse.Action):
-    """Collects KEY=VALUE pairs into one dictionary."""
+    """Collects KEY=VALUE pairs, each as `parse` takes it apart, into one dictionary."""
+
+    def __init__(self, parse: Callable[[str], tuple[str, Any]], *args: Any, **keywords: Any):
+        super().__init__(*args, **keywords)
+        self.parse = parse
 
     def __call__(self, parser, namespace, values, option_string=None):
         try:
-            pairs = dict(map(parse_model_option, values))
+            pairs = dict(map(self.parse, values))
         except ValueError as error:
             raise argparse.ArgumentError(self, str(error)) from None
         setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), **pairs})

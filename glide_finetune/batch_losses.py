@@ -1,7 +1,7 @@
 """From a batch to its losses, and from many losses to the means that are logged."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,13 @@ def batch_losses(
     return losses, timesteps
 
 
+class Losses(Protocol):
+    """What is trained, float32 [B], and all terms that are worth a line in the log, by name."""
+
+    loss: Tensor
+    terms: Mapping[str, Tensor]
+
+
 class LossMeter:
     """Adds up losses on their device; nothing waits for it before `means` is asked.
 
@@ -79,11 +86,9 @@ class LossMeter:
         self._sums: Tensor | int = 0  # (terms, quarters of the timesteps)
         self._counts: Tensor | int = 0  # (quarters,)
 
-    def add(self, losses: TrainingLosses, timesteps: Tensor) -> None:
+    def add(self, losses: Losses, timesteps: Tensor) -> None:
         """Take in the losses of a batch at its `timesteps`, int64 (B,) on their device."""
-        terms = {"loss": losses.loss, "mse": losses.mse}
-        if losses.vb is not None:
-            terms["vb"] = losses.vb
+        terms = losses.terms
         quarters = [quartile_sums(term, timesteps, self.num_timesteps) for term in terms.values()]
         sums, counts = zip(*quarters, strict=True)
         self._names = list(terms)
@@ -91,7 +96,7 @@ class LossMeter:
         self._counts = self._counts + counts[0]
 
     def means(self, **further: Tensor) -> dict[str, float]:
-        """Means of the terms: loss, mse, and vb in bits per dimension where it is trained.
+        """Means of the terms; GLIDE's are loss, mse, and vb in bits per dimension if trained.
 
         Each over all samples, under its name, and in those quarters of the timesteps that occurred,
         as in mse_q0 … mse_q3 (q0 the least noisy). The `further` scalars come as they are, read

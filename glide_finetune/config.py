@@ -187,6 +187,11 @@ class TrainConfig:
     # fmt: on
 
     @property
+    def command(self) -> str:
+        """What starts the program that these settings are for."""
+        return "python train_glide.py"
+
+    @property
     def model_type(self) -> str:
         """Which of the released architectures is trained."""
         return type_of_model(upsample=self.train_upsample, inpaint=self.train_inpaint)
@@ -210,6 +215,24 @@ class TrainConfig:
     def image_height(self) -> int:
         """Height in pixels of the images the model draws."""
         return self.side_y * self.scale
+
+    @property
+    def memory_advice(self) -> list[str]:
+        """Changes that let a training step take less memory, what helps most first."""
+        advice = []
+        if self.batch_size > 1:
+            advice.append(
+                f"lower --batch_size (now {self.batch_size}) and raise "
+                f"--gradient_accumulation_steps (now {self.gradient_accumulation_steps}) by as "
+                "much, which trains the same"
+            )
+        if not self.activation_checkpointing:
+            advice.append("add --activation_checkpointing")
+        if self.precision == "fp32":
+            advice.append("compute in half precision with --precision bf16")
+        if not (self.freeze_transformer or self.freeze_diffusion):
+            advice.append("train only a part with --freeze_transformer")
+        return [*advice, "choose a smaller --model_preset or image size"]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""

@@ -39,11 +39,11 @@ def check(config: TrainConfig) -> None:
     start = interpret_resume(config.resume_ckpt, config.checkpoints_dir)
     check_choices(config)
     check_ranges(vars(config))
-    _check_combinations(config, start)
+    check_combinations(config, start)
     _check_model(config)
     _check_start(config, start)
     _check_sides(config)
-    _check_files(config)
+    check_files(config)
 
 
 def check_choices(config: Any) -> None:
@@ -114,7 +114,8 @@ def check_ranges(settings: Mapping[str, object], ranges: Mapping[str, Range] = R
             raise ConfigError(f"--{name} is {value}; give {allowed.words}")
 
 
-def _check_combinations(config: TrainConfig, start: Start) -> None:
+def check_combinations(config: TrainConfig, start: Start) -> None:
+    """ConfigError if two settings contradict each other; `start` is what --resume_ckpt means."""
     if config.freeze_transformer and config.freeze_diffusion:
         raise ConfigError(
             "--freeze_transformer and --freeze_diffusion together leave nothing to train: drop one"
@@ -234,7 +235,8 @@ def _check_sides(config: TrainConfig) -> None:
             )
 
 
-def _check_files(config: TrainConfig) -> None:
+def check_files(config: TrainConfig) -> None:
+    """ConfigError if a file or folder that is named cannot be used."""
     made_later = DEMO_SETTINGS if config.demo else {}
     if config.prompt_file != made_later.get("prompt_file"):
         read_prompts(config)

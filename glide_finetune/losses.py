@@ -27,6 +27,12 @@ class TrainingLosses:
     vb: Tensor | None
     loss: Tensor
 
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """All that there are, by their names in the log."""
+        terms = {"loss": self.loss, "mse": self.mse}
+        return terms if self.vb is None else {**terms, "vb": self.vb}
+
 
 def training_losses(
     model: Model,

@@ -112,25 +112,12 @@ def _advice(
     total = total_memory(device)
     of_total = f"of {total / 1e9:.1f} GB " if total else ""
     average = ", moments and average" if config.ema_rate else " and moments"
-    advice = []
-    if config.batch_size > 1:
-        advice.append(
-            f"lower --batch_size (now {config.batch_size}) and raise --gradient_accumulation_steps "
-            f"(now {config.gradient_accumulation_steps}) by as much, which trains the same"
-        )
-    if not config.activation_checkpointing:
-        advice.append("add --activation_checkpointing")
-    if config.precision == "fp32":
-        advice.append("compute in half precision with --precision bf16")
-    if not (config.freeze_transformer or config.freeze_diffusion):
-        advice.append("train only a part with --freeze_transformer")
-    advice.append("choose a smaller --model_preset or image size")
     reason = (str(cause).splitlines() or [type(cause).__name__])[0]
     return (
         f"not enough memory for step {step}: {of_total}weights, gradients{average} take "
         f"{state_bytes / 1e9:.2f} GB whatever the batch, a batch of {config.batch_size} at "
         f"{config.image_width}x{config.image_height} the rest. What helps most first: "
-        f"{'; '.join(advice)} ({reason})"
+        f"{'; '.join(config.memory_advice)} ({reason})"
     )
 
 

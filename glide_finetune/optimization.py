@@ -55,8 +55,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
     except ValueError:
         raise ValueError(
             "the training state belongs to another model or was made with other parameters "
-            "frozen: give the same --freeze_transformer and --freeze_diffusion, or start from the "
-            ".pt file with --weights_only"
+            "frozen: give the same --freeze_… flags, or start from the .pt file with --weights_only"
         ) from None
 
 

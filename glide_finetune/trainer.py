@@ -8,16 +8,16 @@ that never stopped, and no random state needs to be kept.
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from glide_finetune.bad_steps import BadSteps
-from glide_finetune.batch_losses import LossMeter, batch_losses
+from glide_finetune.batch_losses import Losses, LossMeter, batch_losses
 from glide_finetune.checkpoint_writer import CheckpointWriter
 from glide_finetune.checkpoints import CheckpointFiles, read_training_state
 from glide_finetune.config import TrainConfig
@@ -48,6 +48,10 @@ from glide_text2im.gaussian_diffusion import GaussianDiffusion
 
 logger = logging.getLogger(__name__)
 
+BatchLosses = Callable[
+    [nn.Module, GaussianDiffusion, Sequence[Any], torch.device], tuple[Losses, Tensor]
+]
+
 
 class _Interrupted(Exception):
     """What happens between two steps is left, since training shall stop."""
@@ -57,7 +61,8 @@ class Trainer:
     """Trains one model; everything a run needs between its start and its end.
 
     Args:
-        model: a GLIDE network on `device`, its frozen parameters without `requires_grad`.
+        model: a GLIDE network, or what `losses` is for, on `device`; its frozen parameters without
+            `requires_grad`.
         diffusion: the process over all timesteps.
         optimizer: over the parameters that train. Its learning rate is that after the warm-up.
         config: the settings of the run.
@@ -69,10 +74,13 @@ class Trainer:
         run_folder: where checkpoints go.
         log: takes the metrics.
         draw_samples: called as draw_samples(trainer) every `log_frequency` steps and at the end.
+        losses: called as losses(model, diffusion, batch, device), under autocast and with the draws
+            of the step seeded; returns what `LossMeter.add` takes, of which the mean of `loss` over
+            the samples is trained. None trains GLIDE's own loss as `config` says.
 
     Attributes:
-        run_folder, log, draw_samples: may be set until training begins; so a run can `restore` a
-            checkpoint before it writes anything.
+        run_folder, log, draw_samples, provenance: may be set until training begins; so a run can
+            `restore` a checkpoint before it writes anything.
         progress: where the run is.
         ema: the average of the weights, None without `ema_rate`.
         precision: how the model computes.
@@ -93,6 +101,7 @@ class Trainer:
         run_folder: Path | None = None,
         log: MetricsLog | None = None,
         draw_samples: Callable[["Trainer"], Any] | None = None,
+        losses: BatchLosses | None = None,
     ) -> None:
         self.model = model
         self.diffusion = diffusion
@@ -110,6 +119,7 @@ class Trainer:
         self.progress = Progress()
         self.stop_requested = False
         self._validate = validate
+        self._losses = losses or self._glide_losses
         self._learning_rates = [group["lr"] for group in optimizer.param_groups]
         self._bad_steps = BadSteps(config.loss_spike_factor)
         self._total_steps: int | None = None
@@ -206,10 +216,7 @@ class Trainer:
                 derived_seed(self.config.seed, "step", self.progress.step, index), self.device
             )
             with self.precision.autocast():
-                losses, timesteps = batch_losses(
-                    self.model, self.diffusion, batch, self.device,
-                    vlb_weight=self.config.vlb_weight, loss_weighting=self.config.loss_weighting,
-                )  # fmt: skip
+                losses, timesteps = self._losses(self.model, self.diffusion, batch, self.device)
             self.scaler.scale(losses.loss.sum() / images).backward()
             meter.add(losses, timesteps)
         self.scaler.unscale_(self.optimizer)
@@ -233,6 +240,11 @@ class Trainer:
         self.progress.left_out = dict(left_out)
         metrics |= {f"data/{name}": count for name, count in left_out.items()}
         return metrics | {"skipped_steps": self.progress.skipped_steps}
+
+    def _glide_losses(self, *args: Any) -> tuple[Losses, Tensor]:
+        return batch_losses(
+            *args, vlb_weight=self.config.vlb_weight, loss_weighting=self.config.loss_weighting
+        )
 
     def _set_learning_rate(self) -> float:
         """Set that of every parameter group for this step; returns the first one's."""

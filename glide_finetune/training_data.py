@@ -2,12 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from glide_finetune.config import TrainConfig, read_skip_words
+from glide_finetune.data.captions import Tokenizer
 from glide_finetune.data.dataloading import (
     FolderBatches,
     ShardBatches,
@@ -18,6 +20,8 @@ from glide_finetune.data.dataloading import (
 from glide_finetune.data.shards import shard_names
 from glide_finetune.loader import TextImageDataset
 from glide_finetune.wds_loader import ShardStream, glide_wds_loader
+
+Split = Callable[[TextImageDataset, float, int], tuple[TextImageDataset, TextImageDataset]]
 
 
 @dataclass(frozen=True)
@@ -42,19 +46,30 @@ class TrainingData:
 
 
 def make_training_data(
-    config: TrainConfig, options: dict, device: torch.device | str
+    config: TrainConfig,
+    options: dict,
+    device: torch.device | str,
+    *,
+    tokenizer: Tokenizer | None = None,
+    split: Split = split_validation,
 ) -> TrainingData:
     """Find and arrange the data that `config` names; `options` are the model's.
+
+    Args:
+        tokenizer: None means GLIDE's own.
+        split: divides a local dataset, as `split_validation` does.
 
     Raises:
         ValueError: nothing usable is there.
     """
-    training = make_dataset(config.data_dir, config, options, return_keys=True)
+    training = make_dataset(config.data_dir, config, options, return_keys=True, tokenizer=tokenizer)
     validation, low_res = None, None
     if config.val_data_dir:
-        validation = make_dataset(config.val_data_dir, config, options).for_evaluation()
+        validation = make_dataset(
+            config.val_data_dir, config, options, tokenizer=tokenizer
+        ).for_evaluation()
     elif config.val_fraction:
-        training, validation = split_validation(training, config.val_fraction, config.seed)
+        training, validation = split(training, config.val_fraction, config.seed)
     if config.train_upsample and not config.image_to_upsample:
         training, low_res = _held_back_low_res(training, validation, config.seed)
     # So that wrong keys, and filters that let nothing pass, are found before anything else is made.
@@ -79,7 +94,12 @@ def make_training_data(
 
 
 def make_dataset(
-    place: str, config: TrainConfig, options: dict, *, return_keys: bool = False
+    place: str,
+    config: TrainConfig,
+    options: dict,
+    *,
+    return_keys: bool = False,
+    tokenizer: Tokenizer | None = None,
 ) -> TextImageDataset | ShardStream:
     """All samples of the folder or the shards at `place`, as `config` asks for them.
 
@@ -87,28 +107,33 @@ def make_dataset(
         ValueError: nothing is there.
     """
     make = _shards if config.use_webdataset else _folder
-    return make(place, config, options, return_keys)
+    return make(
+        place,
+        config,
+        text_ctx_len=options["text_ctx"],
+        return_keys=return_keys,
+        tokenizer=tokenizer,
+    )
 
 
-def _folder(folder: str, config: TrainConfig, options: dict, return_keys: bool) -> TextImageDataset:
+def _folder(folder: str, config: TrainConfig, **keywords: Any) -> TextImageDataset:
     return TextImageDataset(
         folder,
         side_x=config.side_x,
         side_y=config.side_y,
         resize_ratio=config.resize_ratio,
         shuffle=True,
-        text_ctx_len=options["text_ctx"],
         uncond_p=config.uncond_p,
         use_captions=config.use_captions,
         enable_glide_upsample=config.train_upsample,
         upscale_factor=config.upscale_factor,
         seed=config.seed,
         random_hflip=config.random_hflip,
-        return_keys=return_keys,
+        **keywords,
     )
 
 
-def _shards(urls: str, config: TrainConfig, options: dict, return_keys: bool) -> ShardStream:
+def _shards(urls: str, config: TrainConfig, **keywords: Any) -> ShardStream:
     min_size = config.wds_min_size
     return glide_wds_loader(
         urls,
@@ -132,8 +157,7 @@ def _shards(urls: str, config: TrainConfig, options: dict, return_keys: bool) ->
         seed=config.seed,
         resize_ratio=config.resize_ratio,
         random_hflip=config.random_hflip,
-        return_keys=return_keys,
-        text_ctx_len=options["text_ctx"],
+        **keywords,
     )
 
 

@@ -5,8 +5,8 @@ import logging
 import os
 import shlex
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from glide_finetune import demo
 from glide_finetune.atomic_files import read_json, remove_temporary
 from glide_finetune.checkpoints import CheckpointFiles, files_beside, newest_checkpoint
-from glide_finetune.config import DATA, FIELDS, TRAINING, TrainConfig, recorded
+from glide_finetune.config import DATA, TRAINING, TrainConfig, recorded
 from glide_finetune.glide_util import load_model, read_image
 from glide_finetune.memory import available_memory, training_state_bytes
 from glide_finetune.metrics import MetricsLog
@@ -55,8 +55,12 @@ class Outcome:
         return 128 + self.stopped_by if self.stopped_by else 0
 
 
-def run(config: TrainConfig) -> Outcome:
+def run(config: TrainConfig, make_job: "MakeJob | None" = None) -> Outcome:
     """Train as `config` says.
+
+    Args:
+        make_job: called as make_job(config, origin, device), before anything is written; None makes
+            `glide_job`.
 
     Raises:
         ValueError, OSError, DownloadError, TrainingDiverged, OutOfMemory: with one line for the
@@ -68,15 +72,62 @@ def run(config: TrainConfig) -> Outcome:
         start = interpret_resume(config.resume_ckpt, config.checkpoints_dir)
         if start.run_dir:  # before its checkpoints are looked for, which change while it is trained
             stack.enter_context(locked(start.run_dir))
-        return _run(config, find_origin(config, start), stack)
+        return _run(config, find_origin(config, start), make_job or glide_job, stack)
 
 
-def _run(config: TrainConfig, origin: "Origin", stack: contextlib.ExitStack) -> Outcome:
+def _run(
+    config: TrainConfig, origin: "Origin", make_job: "MakeJob", stack: contextlib.ExitStack
+) -> Outcome:
     """Train as `config` says; `stack` holds the lock of the run for as long as that takes."""
     device = pick_device(config.device)
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     torch.manual_seed(config.seed)
 
+    job = make_job(config, origin, device)
+    trainer, data, origin = job.trainer, job.data, job.origin
+    settings = recorded(config) | origin.first
+    trainer.provenance = provenance = {
+        "trained_from": origin.first["resume_ckpt"] or config.init,
+        "data": {"description": data.description, "fingerprint": data.fingerprint},
+        "settings": settings,
+    }
+    if origin.brings_training_state:
+        trainer.restore(origin.checkpoint, new_run=not origin.goes_on)
+        if not origin.goes_on and trainer.reached_end():
+            raise ValueError(
+                f"--max_steps is {config.max_steps}, but {origin.checkpoint.weights} is of step "
+                f"{trainer.progress.step} already: give a higher one, or --weights_only, which "
+                "counts from 0"
+            )
+
+    # from here on something is written
+    trainer.run_folder = run_folder = origin.run_dir or create_run(config.checkpoints_dir)
+    if not origin.run_dir:
+        stack.enter_context(locked(run_folder))
+    for folder in (run_folder, run_folder / SAMPLES_NAME):
+        remove_temporary(folder)
+    write_args(run_folder, settings)
+    if config.log_frequency:
+        trainer.draw_samples = SampleDrawer(
+            config, trainer.options, run_folder / SAMPLES_NAME, job.low_res,
+            example=data.example if config.train_inpaint else None,
+        )  # fmt: skip
+    trainer.log = MetricsLog(
+        run_folder,
+        resume_step=trainer.reported_step if origin.goes_on else None,
+        project=config.project_name,
+        config=settings,
+    )
+    with contextlib.closing(trainer.log):
+        announce(trainer, data)
+        warn_of_changes(origin, provenance, config)
+        with logging_redirect_tqdm(), stopping_on_signals(trainer) as received:
+            trainer.train(data.loader)
+    return report_end(trainer, received)
+
+
+def glide_job(config: TrainConfig, origin: "Origin", device: torch.device) -> "Job":
+    """The training of a GLIDE network."""
     checkpoint = origin.checkpoint
     # first the data, since mistakes in it should not have to wait for a download
     data = make_training_data(config, config.options, device)
@@ -94,12 +145,6 @@ def _run(config: TrainConfig, origin: "Origin", stack: contextlib.ExitStack) -> 
         model_options=config.options,
         device=device,
     )
-    settings = recorded(config) | origin.first
-    provenance = {
-        "trained_from": origin.first["resume_ckpt"] or config.init,
-        "data": {"description": data.description, "fingerprint": data.fingerprint},
-        "settings": settings,
-    }
     trainer = Trainer(
         model,
         diffusion,
@@ -108,41 +153,8 @@ def _run(config: TrainConfig, origin: "Origin", stack: contextlib.ExitStack) -> 
         options=options,
         device=device,
         validate=data.validation and Validator(data.validation, config, diffusion.num_timesteps),
-        provenance=provenance,
     )
-    if origin.brings_training_state:
-        trainer.restore(checkpoint, new_run=not origin.goes_on)
-        if not origin.goes_on and trainer.reached_end():
-            raise ValueError(
-                f"--max_steps is {config.max_steps}, but {checkpoint.weights} is of step "
-                f"{trainer.progress.step} already: give a higher one, or --weights_only, which "
-                "counts from 0"
-            )
-
-    # from here on something is written
-    trainer.run_folder = run_folder = origin.run_dir or create_run(config.checkpoints_dir)
-    if not origin.run_dir:
-        stack.enter_context(locked(run_folder))
-    for folder in (run_folder, run_folder / SAMPLES_NAME):
-        remove_temporary(folder)
-    write_args(run_folder, settings)
-    if config.log_frequency:
-        trainer.draw_samples = SampleDrawer(
-            config, options, run_folder / SAMPLES_NAME, low_res,
-            example=data.example if config.train_inpaint else None,
-        )  # fmt: skip
-    trainer.log = MetricsLog(
-        run_folder,
-        resume_step=trainer.reported_step if origin.goes_on else None,
-        project=config.project_name,
-        config=settings,
-    )
-    with contextlib.closing(trainer.log):
-        announce(trainer, data)
-        warn_of_changes(origin, provenance)
-        with logging_redirect_tqdm(), stopping_on_signals(trainer) as received:
-            trainer.train(data.loader)
-    return report_end(trainer, received)
+    return Job(trainer, data, origin, low_res)
 
 
 def pick_device(name: str) -> torch.device:
@@ -200,6 +212,25 @@ class Origin:
             return read_json(description_path(self.checkpoint.weights))
         except ValueError:
             return {}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run trains, and on what.
+
+    trainer: as it is before a checkpoint is restored.
+    data: what it trains on.
+    origin: what it goes on from; without the training state where that cannot be used.
+    low_res: as in `TrainingData`, for the samples of an upsampler.
+    """
+
+    trainer: Trainer
+    data: TrainingData
+    origin: Origin
+    low_res: torch.Tensor | None = None
+
+
+MakeJob = Callable[[TrainConfig, Origin, torch.device], Job]
 
 
 def find_origin(config: TrainConfig, start: Start) -> Origin:
@@ -282,12 +313,12 @@ def warn_of_little_memory(trainer: Trainer) -> None:
         logger.warning(
             "gradients and moments will need %.1f GB beside what is in memory now, but %.1f GB are "
             "available: the first step will probably fail; end other programs, train a part with "
-            "--freeze_transformer or choose a smaller --model_preset",
+            "a --freeze_… flag or choose a smaller --model_preset",
             needed / 1e9, available / 1e9,
         )  # fmt: skip
 
 
-def warn_of_changes(origin: Origin, now: dict[str, Any]) -> None:
+def warn_of_changes(origin: Origin, now: dict[str, Any], config: TrainConfig) -> None:
     """Name the settings and the data that are not those of the training state, or of the run's
     last start, if there was one.
 
@@ -295,13 +326,14 @@ def warn_of_changes(origin: Origin, now: dict[str, Any]) -> None:
         now: what the descriptions of the checkpoints to come tell of them.
     """
     described = origin.description if origin.brings_training_state else {}
-    before, of_interest = origin.settings, [name for name in FIELDS if not _once(name)]
+    before = origin.settings
+    of_interest = [field for field in fields(config) if not field.metadata["once"]]
     if not origin.run_dir:  # a new run has its own folders, samples and intervals
         before = described.get("settings", {})
-        of_interest = [name for name in of_interest if _group(name) in (DATA, TRAINING)]
+        of_interest = [f for f in of_interest if f.metadata["group"] in (DATA, TRAINING)]
     changes = [
         f"{name} {before[name]} -> {now['settings'][name]}"
-        for name in of_interest
+        for name in (field.name for field in of_interest)
         if name in before and before[name] != now["settings"][name]
     ]
     old_data, new_data = described.get("data"), now["data"]
@@ -314,14 +346,6 @@ def warn_of_changes(origin: Origin, now: dict[str, Any]) -> None:
         logger.warning("%s was trained with other settings: %s", what, "; ".join(changes))
 
 
-def _once(name: str) -> bool:
-    return FIELDS[name].metadata["once"]
-
-
-def _group(name: str) -> str:
-    return FIELDS[name].metadata["group"]
-
-
 def report_end(trainer: Trainer, received: list[signal.Signals]) -> Outcome:
     """Say how training ended and what to do next."""
     step, run_folder = trainer.progress.step, trainer.run_folder
@@ -331,8 +355,8 @@ def report_end(trainer: Trainer, received: list[signal.Signals]) -> Outcome:
         logger.info("finished at step %d; %s is in %s", step, results, run_folder)
         return Outcome(run_folder)
     logger.info(
-        "stopped by %s, saved at step %d; to go on: python train_glide.py --resume_ckpt %s",
-        received[0].name, step, shlex.quote(str(run_folder)),
+        "stopped by %s, saved at step %d; to go on: %s --resume_ckpt %s",
+        received[0].name, step, trainer.config.command, shlex.quote(str(run_folder)),
     )  # fmt: skip
     return Outcome(run_folder, received[0])
 
@@ -343,6 +367,7 @@ def stopping_on_signals(trainer: Trainer) -> Iterator[list[signal.Signals]]:
     Ctrl-C ends it at once. Gives the list of the signals received."""
     received: list[signal.Signals] = []
     owner = os.getpid()
+    name_of_program = trainer.config.command.split()[-1]
 
     def stop(number: int, frame: object) -> None:
         if os.getpid() != owner:  # a data worker, which ends with the main process
@@ -350,7 +375,7 @@ def stopping_on_signals(trainer: Trainer) -> Iterator[list[signal.Signals]]:
         received.append(signal.Signals(number))
         # the loop may be in the middle of a print, so no logging here
         if trainer.stop_requested and number == signal.SIGINT:
-            os.write(2, b"\ntrain_glide.py: interrupted\n")
+            os.write(2, f"\n{name_of_program}: interrupted\n".encode())
             os._exit(128 + number)  # waits for no thread, such as one that writes a checkpoint
         trainer.stop_requested = True
         os.write(2, b"\nstopping after this step; press Ctrl-C again to leave at once\n")

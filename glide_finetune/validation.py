@@ -36,7 +36,7 @@ class Validator:
 
     def __init__(self, dataset: Iterable, config: TrainConfig, num_timesteps: int) -> None:
         self.config = config
-        items = [[part for part in item if torch.is_tensor(part)] for item in _fixed_items(dataset)]
+        items = [[part for part in item if torch.is_tensor(part)] for item in fixed_items(dataset)]
         if not items:
             raise ValueError("the validation data gave no image")
         size = config.batch_size
@@ -82,7 +82,8 @@ class Validator:
         return {f"{name}/{key}": value for key, value in meter.means().items()}
 
 
-def _fixed_items(dataset: Iterable) -> Iterable:
+def fixed_items(dataset: Iterable) -> Iterable:
+    """Up to `MOST_IMAGES` items: evenly spread ones, or of a stream the first ones."""
     if not hasattr(dataset, "__len__"):
         return itertools.islice(dataset, MOST_IMAGES)
     count = min(len(dataset), MOST_IMAGES)
