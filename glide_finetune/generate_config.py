@@ -21,10 +21,12 @@ from glide_finetune.config_checks import (
     check_writable,
 )
 from glide_finetune.model_options import described_model
+from glide_finetune.runs import ARGS_NAME
 
 SAMPLER_NAMES = ("ddpm", "ddim", "plms", "prk", "euler", "euler_a", "dpm++2m", "dpm++2m_sde")
 RELEASED = "released"  # in place of a path: OpenAI's weights
 CLIP_FILES = ("clip_image_enc.pt", "clip_text_enc.pt")
+CLIP_CONFIG = "config.yaml"  # of the network's size, beside the encoders where it is another one
 
 WHAT = "what to draw"
 MODELS = "models"
@@ -57,8 +59,9 @@ class GenerateConfig:
     upsampler: str = flag("", "-upsampler", group=MODELS, metavar="PATH",
         help="the same for the upsampler (default: no upsampling)")
     clip: list[str] = flag([], group=MODELS, nargs="+", metavar="PATH",
-        help=f"noise-aware CLIP that guides the base model: a folder with {CLIP_FILES[0]} and "
-             f"{CLIP_FILES[1]}, or these two files, or released")
+        help=f"noise-aware CLIP that guides the base model: a run of noisy_clip_finetune or a "
+             f"checkpoint in it, a folder with {CLIP_FILES[0]} and {CLIP_FILES[1]}, or these two "
+             "files, or released")
 
     sampler: str = flag("dpm++2m", "-sampler", group=BASE, choices=SAMPLER_NAMES,
         help="how to draw, see docs/samplers.md")
@@ -177,7 +180,7 @@ def check(config: GenerateConfig) -> None:
         _check_model("upsampler", config.upsampler, "upsample")
     if config.clip and config.clip != [RELEASED]:
         for path in clip_paths(config.clip):
-            if not path.is_file():
+            if not path.exists():
                 raise ConfigError(f"--clip: there is no file {path}")
     if config.inpaint_image:
         sizes = [_image_size(n, getattr(config, n)) for n in ("inpaint_image", "inpaint_mask")]
@@ -190,9 +193,12 @@ def check(config: GenerateConfig) -> None:
 
 
 def clip_paths(given: list[str]) -> list[Path]:
-    """The files of CLIP's image and text encoders that `--clip` names."""
+    """The files of CLIP's image and text encoders that `--clip` names, or the one path of a run
+    folder or of a checkpoint in it."""
     paths = [Path(path).expanduser() for path in given]
     if len(paths) == 1:
+        if paths[0].is_file() or (paths[0] / ARGS_NAME).exists():
+            return paths
         paths = [paths[0] / name for name in CLIP_FILES]
     if len(paths) != 2:
         raise ConfigError(
@@ -222,7 +228,7 @@ def check_stage(name: str, path: Path, found: str, wanted: str) -> None:
         wanted: base or upsample.
     """
     if not found.startswith(wanted):
-        other = "upsampler" if found.startswith("upsample") else "base"
+        other = {"upsample": "upsampler", "clip": "clip"}.get(found.split("-")[0], "base")
         raise ConfigError(
             f"--{name}: {path} holds a model of kind {found}: give it as --{other}, and one of "
             f"kind {wanted} here"

@@ -23,6 +23,7 @@ from torch import nn
 
 from glide_finetune import weights
 from glide_finetune.checkpoints import newest_checkpoint
+from glide_finetune.clip_weights import read_clip, used_clip
 from glide_finetune.data import images
 from glide_finetune.fp16_util import Precision
 from glide_finetune.generate_config import (
@@ -30,7 +31,6 @@ from glide_finetune.generate_config import (
     GenerateConfig,
     check,
     check_stage,
-    clip_paths,
 )
 from glide_finetune.glide_util import STALE_VARIANCE, load_model, pick_sampler, sample
 from glide_finetune.model_options import described_model
@@ -38,13 +38,11 @@ from glide_finetune.runs import read_args
 from glide_finetune.samples import labelled_grid
 from glide_finetune.seeds import derived_seed
 from glide_finetune.training_run import pick_device
-from glide_text2im.clip.model_creation import CLIPModel, create_clip_model
-from glide_text2im.download import load_checkpoint
+from glide_text2im.clip.model_creation import CLIPModel
 
 logger = logging.getLogger(__name__)
 
 MOST_IN_GRID = 256  # pictures; a grid of thousands could not be looked at, nor always be held
-CLIP_CONFIG = "config.yaml"  # of the network's size, beside the encoders where it is another one
 
 
 def generate(config: GenerateConfig) -> list[Path]:
@@ -134,14 +132,15 @@ class Painter:
             if stage and sampler == "ddpm" and stage.model.variance_is_stale:
                 logger.info("%s: %s", stage.source, STALE_VARIANCE)  # here once, not in every pass
         self.size = self._base_size()
-        self.clip = load_clip(config.clip, self.size, self.device) if config.clip else None
+        clip_files = used_clip(config.clip) if config.clip else []
+        self.clip = load_clip(clip_files, self.size, self.device) if clip_files else None
         self.settings = replace(
             config,
             base=self.base.source,
             upsampler=self.upsampler.source if self.upsampler else "",
-            clip=config.clip if config.clip == [RELEASED] else _absolute(config.clip),
-            inpaint_image=_absolute([config.inpaint_image])[0],
-            inpaint_mask=_absolute([config.inpaint_mask])[0],
+            clip=clip_files,
+            inpaint_image=_absolute(config.inpaint_image),
+            inpaint_mask=_absolute(config.inpaint_mask),
             side_x=self.size[0],
             side_y=self.size[1],
         ).settings()
@@ -296,25 +295,14 @@ def _weights_in(name: str, path: Path) -> Path:
     return newest.ema or newest.weights
 
 
-def load_clip(given: list[str], size: tuple[int, int], device: torch.device) -> CLIPModel:
-    """The noise-aware CLIP that `--clip` names, for base pictures of `size`.
+def load_clip(files: list[str], size: tuple[int, int], device: torch.device) -> CLIPModel:
+    """The noise-aware CLIP in the files of `used_clip`, for base pictures of `size`.
 
     Raises:
         ValueError: the weights do not fit, or it is made for pictures of another size.
         DownloadError: OpenAI's weights are not to be had.
     """
-    if given == [RELEASED]:
-        states = [load_checkpoint(f"clip/{part}-enc", "cpu") for part in ("image", "text")]
-        labels, own_config = ["the released CLIP"] * 2, None
-    else:
-        paths = clip_paths(given)
-        states, labels = [weights.read_weights(path) for path in paths], [str(p) for p in paths]
-        own_config = paths[0].with_name(CLIP_CONFIG)
-    clip = create_clip_model(own_config if own_config and own_config.exists() else None, device)
-    encoders = (clip.image_encoder, clip.text_encoder)
-    for encoder, state, label in zip(encoders, states, labels, strict=True):
-        weights.check_fit(encoder, state, label)
-        encoder.load_state_dict(state)
+    clip = read_clip(files).to(device)
     side = clip.config["image_size"]
     if size != (side, side):
         raise ValueError(
@@ -351,5 +339,5 @@ def write_numbered(folder: Path, prefix: str, picture: Image.Image, text: dict[s
         return path
 
 
-def _absolute(paths: list[str]) -> list[str]:
-    return [str(Path(path).expanduser().absolute()) if path else "" for path in paths]
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if path else ""

@@ -1,0 +1,77 @@
+"""Fine-tune the noise-aware CLIP that guides GLIDE on your own pictures and captions.
+
+python -m glide_finetune.noisy_clip_finetune --data_dir DIR --val_fraction 0.1
+python -m glide_finetune.noisy_clip_finetune --data_dir DIR --freeze_text
+python -m glide_finetune.noisy_clip_finetune --data_dir DIR --init scratch --model_preset small
+python -m glide_finetune.noisy_clip_finetune --resume_ckpt clip_checkpoints/0000     # go on
+python -m glide_finetune.generate --prompt "a red fox" --clip clip_checkpoints/0000  # draw with it
+
+From a notebook: finetune(ClipConfig(data_dir="DIR")).
+"""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from glide_finetune.noisy_clip_config import ClipConfig, check, completed, parse_config
+
+if TYPE_CHECKING:
+    from glide_finetune.training_run import Outcome
+
+logger = logging.getLogger(__name__)
+
+
+def finetune(config: ClipConfig) -> "Outcome":
+    """Train as `config` says; leaves the encoders in the run folder in the form of OpenAI's files.
+
+    Raises:
+        ValueError, OSError, DownloadError, TrainingDiverged, OutOfMemory: with one line for the
+            user.
+    """
+    config = completed(config)
+    check(config)
+    # torch takes seconds to import, so it waits until the settings are known to be right
+    from glide_finetune.clip_weights import write_encoders
+    from glide_finetune.noisy_clip import clip_job
+    from glide_finetune.training_run import run
+
+    outcome = run(config, clip_job)
+    if written := write_encoders(outcome.run_folder):
+        names = ", ".join(path.name for path in written)
+        logger.info("in the form of OpenAI's files: %s", names)
+    return outcome
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says; returns the exit status.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of the process.
+    """
+    config = parse_config(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    for package in ("glide_finetune", "glide_text2im"):
+        logging.getLogger(package).setLevel(logging.INFO)
+    from glide_finetune.bad_steps import TrainingDiverged
+    from glide_finetune.memory import OutOfMemory
+    from glide_text2im.download import DownloadError
+
+    program = config.command.removeprefix("python -m ")
+    try:
+        return finetune(config).exit_status
+    except (ValueError, OSError, DownloadError, TrainingDiverged, OutOfMemory) as error:
+        if os.environ.get("GLIDE_TRACEBACK") == "1":
+            traceback.print_exc()
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
