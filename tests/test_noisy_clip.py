@@ -248,6 +248,16 @@ def test_a_frozen_tower_stays_as_it_is(frozen):
     assert changed == {f"{other}_encoder", "logit_scale"}
 
 
+def test_half_precision_leaves_the_weights_float32():
+    write_pictures(twelve_captions())
+    assert main([*SMALL, "--precision", "bf16", "--max_steps", "2", "--val_fraction", "0.2"]) == 0
+    weights = load(next(Path("runs/0000").glob("glide-ft-*.pt")))
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    full, half = tiny_clip(), read_clip(used_clip(["runs/0000"]))
+    assert not torch.equal(full.logit_scale, half.logit_scale)
+    assert all(math.isfinite(line["loss"]) for line in read_metrics(Path("runs/0000")))
+
+
 def test_the_factor_of_the_similarities_never_passes_100():
     write_pictures(twelve_captions())
     argv = "--max_steps 4 --learning_rate 0.5 --model_options logit_scale=99.9"
