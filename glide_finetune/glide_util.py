@@ -26,6 +26,7 @@ from glide_text2im.diffusion_process import CondFn, DenoisedFn
 from glide_text2im.download import load_checkpoint
 from glide_text2im.gaussian_diffusion import GaussianDiffusion
 from glide_text2im.model_creation import create_gaussian_diffusion, create_model_and_diffusion
+from glide_text2im.nn import weights_cast_once
 
 logger = logging.getLogger(__name__)
 
@@ -132,11 +133,14 @@ def read_image(path: str | Path, shape: tuple[int, int]) -> torch.Tensor:
 
 @contextlib.contextmanager
 def sampling_mode(model: nn.Module) -> Iterator[None]:
-    """While open, `model` is in evaluation mode without gradients; then every module as it was."""
+    """While open, `model` is in evaluation mode without gradients; then every module as it was.
+
+    Its weights must not change meanwhile.
+    """
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), weights_cast_once():
             yield
     finally:
         for module, mode in training.items():

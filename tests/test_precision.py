@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from glide_finetune.fp16_util import Precision
-from glide_finetune.glide_util import sample
+from glide_finetune.glide_util import sample, sampling_mode
 from tiny_training import (
     SIDE,
     assert_same_weights,
@@ -115,3 +116,44 @@ def test_300_steps_in_fp16_end_where_float32_does(tmp_path):
     reference = losses_of_run(tmp_path, "fp32", 300, device=DEVICE)
     half = losses_of_run(tmp_path, "fp16", 300, device=DEVICE)
     assert_ends_within_2_percent(half, reference)
+
+
+class CastsOfWeights(TorchDispatchMode):
+    """Counts the copies in another dtype that are made of a model's parameters."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.count = 0
+        self._parameters = {parameter.data_ptr() for parameter in model.parameters()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self._parameters:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_sampling_casts_each_weight_once_however_many_passes_it_makes():
+    model, _, _ = tiny_model()
+    tokens, mask, images = tiny_batch(2)
+    passes, counts = [], []
+    with sampling_mode(model), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            with CastsOfWeights(model) as casts:
+                passes.append(model(images, torch.tensor([3, 900]), tokens=tokens, mask=mask))
+            counts.append(casts.count)
+    assert counts[0] > 50
+    assert counts[1] == 0
+    assert torch.equal(*passes)
+
+
+def test_weights_changed_between_two_samplings_count():
+    model, _, _ = tiny_model()
+    tokens, mask, images = tiny_batch(2)
+    passes = []
+    for _ in range(2):
+        with sampling_mode(model), torch.autocast("cpu", torch.bfloat16):
+            passes.append(model(images, torch.tensor([3, 900]), tokens=tokens, mask=mask))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+    assert not torch.equal(*passes)
