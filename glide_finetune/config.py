@@ -187,6 +187,11 @@ class TrainConfig:
     # fmt: on
 
     @property
+    def program(self) -> str:
+        """How the program that these settings are for calls itself in its messages."""
+        return "train_glide.py"
+
+    @property
     def command(self) -> str:
         """What starts the program that these settings are for."""
         return "python train_glide.py"

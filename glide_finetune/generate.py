@@ -8,22 +8,22 @@ python -m glide_finetune.generate --again generated/00003.png      # the same pi
 """
 
 import argparse
-import logging
-import os
 import sys
-import traceback
 from collections.abc import Sequence
 
 from glide_finetune.arguments import Parser, add_flags
 from glide_finetune.config import ConfigError
 from glide_finetune.generate_config import FIELDS, GenerateConfig, check, settings_of
+from glide_finetune.programs import run_program
+
+PROGRAM = "python -m glide_finetune.generate"
 
 
 def build_parser() -> Parser:
     """The parser of every flag; what it returns has only those that are given."""
     parser = Parser(
-        prog="python -m glide_finetune.generate",
-        usage='python -m glide_finetune.generate --prompt "TEXT" [--base PATH] [flags]',
+        prog=PROGRAM,
+        usage=f'{PROGRAM} --prompt "TEXT" [--base PATH] [flags]',
         description="Draw pictures from captions: a base picture, and with --upsampler a larger "
         "one. Each goes to a PNG file of its own that tells how it was drawn, and all of them to "
         "a labelled grid.",
@@ -63,35 +63,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes those of the process.
     """
     config = parse_config(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    for package in ("glide_finetune", "glide_text2im"):
-        logging.getLogger(package).setLevel(logging.INFO)
+    return run_program(PROGRAM, lambda: _draw(config))
+
+
+def _draw(config: GenerateConfig) -> int:
     # torch takes seconds to import, so it waits until the settings are known to be right
     from glide_finetune.generation import generate
-    from glide_finetune.memory import is_out_of_memory
-    from glide_text2im.download import DownloadError
+    from glide_finetune.memory import OutOfMemory, is_out_of_memory
 
     try:
         generate(config)
-    except (ValueError, OSError, DownloadError) as error:
-        return _failed(str(error))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return _failed(f"memory does not suffice: give a --batch_size below {config.batch_size}")
-    except KeyboardInterrupt:
-        print(f"{build_parser().prog}: interrupted", file=sys.stderr)
-        return 130
+        raise OutOfMemory(
+            f"memory does not suffice: give a --batch_size below {config.batch_size}"
+        ) from error
     return 0
-
-
-def _failed(message: str) -> int:
-    """Tell what went wrong with the exception at hand; returns the exit status."""
-    if os.environ.get("GLIDE_TRACEBACK") == "1":
-        traceback.print_exc()
-    print(f"{build_parser().prog}: error: {message}", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ _CGROUP = Path("/sys/fs/cgroup")  # the limits of the container
 
 
 class OutOfMemory(RuntimeError):
-    """Training needs more memory than there is; the message has the figures and what to lower."""
+    """There is less memory than is needed; the message says what to lower."""
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

@@ -40,6 +40,7 @@ from glide_finetune.generate_config import CLIP_CONFIG, CLIP_FILES, RELEASED, cl
 from glide_finetune.model_options import described_model
 from glide_finetune.runs import ARGS_NAME, Start, interpret_resume, read_args
 
+PROGRAM = "python -m glide_finetune.noisy_clip_finetune"
 CLIP_KIND = "clip"  # of the models in the descriptions of checkpoints
 
 
@@ -71,9 +72,14 @@ class ClipConfig(TrainConfig):
     # fmt: on
 
     @property
+    def program(self) -> str:
+        """How the program that these settings are for calls itself in its messages."""
+        return PROGRAM
+
+    @property
     def command(self) -> str:
         """What starts the program that these settings are for."""
-        return "python -m glide_finetune.noisy_clip_finetune"
+        return PROGRAM
 
     @property
     def model_type(self) -> str:
@@ -137,8 +143,8 @@ def parse_config(argv: Sequence[str] | None = None) -> ClipConfig:
 def build_parser() -> Parser:
     """The parser of every flag; what it returns has only those that are given."""
     parser = Parser(
-        prog="python -m glide_finetune.noisy_clip_finetune",
-        usage="python -m glide_finetune.noisy_clip_finetune --data_dir DIR [flags]",
+        prog=PROGRAM,
+        usage=f"{PROGRAM} --data_dir DIR [flags]",
         description="Fine-tune the noise-aware CLIP, which guides GLIDE, on your own pictures and "
         "captions. Draw with it: python -m glide_finetune.generate --clip RUN",
         argument_default=argparse.SUPPRESS,

@@ -10,13 +10,12 @@ From a notebook: finetune(ClipConfig(data_dir="DIR")).
 """
 
 import logging
-import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from glide_finetune.noisy_clip_config import ClipConfig, check, completed, parse_config
+from glide_finetune.programs import run_program
 
 if TYPE_CHECKING:
     from glide_finetune.training_run import Outcome
@@ -52,25 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes those of the process.
     """
     config = parse_config(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    for package in ("glide_finetune", "glide_text2im"):
-        logging.getLogger(package).setLevel(logging.INFO)
-    from glide_finetune.bad_steps import TrainingDiverged
-    from glide_finetune.memory import OutOfMemory
-    from glide_text2im.download import DownloadError
-
-    program = config.command.removeprefix("python -m ")
-    try:
-        return finetune(config).exit_status
-    except (ValueError, OSError, DownloadError, TrainingDiverged, OutOfMemory) as error:
-        if os.environ.get("GLIDE_TRACEBACK") == "1":
-            traceback.print_exc()
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
+    return run_program(config.program, lambda: finetune(config).exit_status)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,15 @@ python train_glide.py --data_dir OUT --use_webdataset --wds_dataset_name generic
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from glide_finetune.arguments import Parser, add_flag
 from glide_finetune.config import FIELDS, ConfigError, TrainConfig, cores
 from glide_finetune.config_checks import check_ranges
+from glide_finetune.programs import run_program
 
 # What is asked as in training, and decides what the shards hold.
 TRAINING_FLAGS = (
@@ -71,31 +72,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     typed = vars(parser.parse_args(argv))
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
+    return run_program(
+        parser.prog, lambda: _prepare(typed), after_interrupt="the same command goes on"
+    )
+
+
+def _prepare(typed: dict[str, Any]) -> int:
     for name in ("RANK", "WORLD_SIZE"):  # by which the shards would be divided among processes
         os.environ.pop(name, None)
     settings = {name: typed.get(name, FIELDS[name].default) for name in TRAINING_FLAGS}
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("glide_finetune").setLevel(logging.INFO)
-    try:
-        check_ranges(settings | {"num_workers": typed["num_workers"]})
-        if typed["shard_size"] < 1:
-            raise ConfigError(f"--shard_size is {typed['shard_size']}; give a number of at least 1")
-        # torch takes seconds to import, so it waits until the settings are known to be right
-        from glide_finetune.data.preparation import prepare
+    check_ranges(settings | {"num_workers": typed["num_workers"]})
+    if typed["shard_size"] < 1:
+        raise ConfigError(f"--shard_size is {typed['shard_size']}; give a number of at least 1")
+    # torch takes seconds to import, so it waits until the settings are known to be right
+    from glide_finetune.data.preparation import prepare
 
-        prepare(
-            TrainConfig(**settings),
-            typed["output_dir"],
-            shard_size=typed["shard_size"],
-            num_workers=typed["num_workers"],
-        )
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    prepare(
+        TrainConfig(**settings),
+        typed["output_dir"],
+        shard_size=typed["shard_size"],
+        num_workers=typed["num_workers"],
+    )
     return 0
 
 

@@ -367,7 +367,7 @@ def stopping_on_signals(trainer: Trainer) -> Iterator[list[signal.Signals]]:
     Ctrl-C ends it at once. Gives the list of the signals received."""
     received: list[signal.Signals] = []
     owner = os.getpid()
-    name_of_program = trainer.config.command.split()[-1]
+    program = trainer.config.program
 
     def stop(number: int, frame: object) -> None:
         if os.getpid() != owner:  # a data worker, which ends with the main process
@@ -375,7 +375,7 @@ def stopping_on_signals(trainer: Trainer) -> Iterator[list[signal.Signals]]:
         received.append(signal.Signals(number))
         # the loop may be in the middle of a print, so no logging here
         if trainer.stop_requested and number == signal.SIGINT:
-            os.write(2, f"\n{name_of_program}: interrupted\n".encode())
+            os.write(2, f"\n{program}: interrupted\n".encode())
             os._exit(128 + number)  # waits for no thread, such as one that writes a checkpoint
         trainer.stop_requested = True
         os.write(2, b"\nstopping after this step; press Ctrl-C again to leave at once\n")

@@ -371,29 +371,31 @@ def test_a_mistake_is_told_in_one_line(odd, capsys, name):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "status", "message"),
     [
-        (["--base", "{}/runs/upsample"], "holds a model of kind upsample: give it as --upsampler"),
-        (["--base", "{}"], "holds no whole checkpoint"),
-        (["--base", "{}/blank.txt"], "not a PyTorch weights file"),
-        (["--base", "{}/runs/base", "--steps", "5000"], "timestep respacing asks for 5000"),
+        (["--base", "{}/runs/upsample"], 2, "holds a model of kind upsample: give it as --upsam"),
+        (["--base", "{}"], 1, "holds no whole checkpoint"),
+        (["--base", "{}/blank.txt"], 1, "not a PyTorch weights file"),
+        (["--base", "{}/runs/base", "--steps", "5000"], 1, "timestep respacing asks for 5000"),
         (
             ["--base", "{}/runs/base", "--inpaint_image", "{}/wide.png", "--inpaint_mask",
              "{}/wide.png"],
+            1,
             "kind base, which cannot paint on a picture: give one of kind base-inpaint",
         ),
     ],
 )  # fmt: skip
-def test_what_only_the_files_tell_is_one_line_too(odd, tmp_path, capsys, flags, message):
+def test_what_only_the_files_tell_is_one_line_too(odd, tmp_path, capsys, flags, status, message):
     flags = [flag.replace("{}", str(odd)) for flag in flags]
-    assert main(["--prompt", "a", "--output_dir", str(tmp_path), "--device", "cpu", *flags]) == 1
+    flags = ["--prompt", "a", "--output_dir", str(tmp_path), "--device", "cpu", *flags]
+    assert main(flags) == status
     assert message in told(capsys)
 
 
 def test_plain_weights_of_the_other_stage_are_told_apart(tmp_path, capsys):
     model, _, _ = tiny_model("upsample")
     torch.save(model.state_dict(), tmp_path / "plain.pt")
-    assert main(["--prompt", "a", "--base", str(tmp_path / "plain.pt"), "--device", "cpu"]) == 1
+    assert main(["--prompt", "a", "--base", str(tmp_path / "plain.pt"), "--device", "cpu"]) == 2
     assert "holds a model of kind upsample: give it as --upsampler" in told(capsys)
 
 

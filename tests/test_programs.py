@@ -1,0 +1,99 @@
+"""What all programs do alike: how they tell errors, and with which status they end."""
+
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from glide_finetune.bad_steps import TrainingDiverged
+from glide_finetune.config import ConfigError, TrainConfig
+from glide_finetune.memory import OutOfMemory
+from glide_finetune.noisy_clip_config import ClipConfig
+from glide_finetune.programs import run_program
+from glide_finetune.training_run import stopping_on_signals
+from glide_text2im.download import DownloadError
+
+
+def ending_with(error):
+    """An action that fails."""
+
+    def action():
+        raise error
+
+    return action
+
+
+def test_an_action_that_ends_gives_the_status(capsys):
+    assert run_program("a.py", lambda: 143) == 143
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        (ConfigError, 2),
+        (ValueError, 1),
+        (OSError, 1),
+        (DownloadError, 1),
+        (TrainingDiverged, 1),
+        (OutOfMemory, 1),
+    ],
+)
+def test_an_error_for_the_user_is_one_line(capsys, monkeypatch, kind, status):
+    monkeypatch.delenv("GLIDE_TRACEBACK", raising=False)
+    assert run_program("a.py", ending_with(kind("it is so"))) == status
+    assert capsys.readouterr().err == "a.py: error: it is so\n"
+
+
+def test_an_error_shows_where_it_comes_from_if_asked(capsys, monkeypatch):
+    monkeypatch.setenv("GLIDE_TRACEBACK", "1")
+    assert run_program("a.py", ending_with(OutOfMemory("it is so"))) == 1
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert last == "a.py: error: it is so"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), torch.OutOfMemoryError("bare")])
+def test_other_errors_pass(error):
+    with pytest.raises(type(error), match=str(error)):
+        run_program("a.py", ending_with(error))
+
+
+def test_a_ctrl_c_needs_no_traceback(capsys):
+    assert run_program("a.py", ending_with(KeyboardInterrupt())) == 130
+    assert run_program("b.py", ending_with(KeyboardInterrupt()), after_interrupt="go on") == 130
+    assert capsys.readouterr().err == "a.py: interrupted\nb.py: interrupted; go on\n"
+
+
+def test_mistakes_are_told_without_torch():
+    code = (
+        "import sys; from glide_finetune.programs import run_program\n"
+        "def fail(): raise ValueError('wrong')\n"
+        "status = run_program('a.py', fail)\n"
+        "sys.exit(status if 'torch' not in sys.modules else 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    assert (done.returncode, done.stderr) == (1, b"a.py: error: wrong\n")
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (TrainConfig(), "train_glide.py"),
+        (ClipConfig(), "python -m glide_finetune.noisy_clip_finetune"),
+    ],
+)
+def test_a_second_ctrl_c_leaves_in_the_name_of_the_program(capfd, monkeypatch, config, name):
+    statuses = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    with stopping_on_signals(SimpleNamespace(config=config, stop_requested=False)) as received:
+        signal.raise_signal(signal.SIGINT)
+        assert statuses == []
+        signal.raise_signal(signal.SIGINT)
+    assert statuses == [130]
+    assert received == [signal.SIGINT] * 2
+    assert f"\n{name}: interrupted\n" in capfd.readouterr().err
