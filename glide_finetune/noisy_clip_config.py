@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from glide_finetune.arguments import Parser, add_flags, merge, saved_settings
 from glide_finetune.clip_options import (
     CLIP_PRESETS,
@@ -179,6 +177,8 @@ def _options_beside(clip: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: it holds something else.
     """
+    import yaml  # here, as it takes a while to import
+
     if clip == [RELEASED]:
         return {}
     path = clip_paths(clip)[0].with_name(CLIP_CONFIG)

@@ -388,7 +388,7 @@ def test_mistakes_are_found_before_torch_is_imported():
     code = (
         "import sys; from glide_finetune.noisy_clip_finetune import parse_config;"
         "parse_config(sys.argv[1:]);"
-        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'wandb')))"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'wandb', 'yaml')))"
     )
     write_pictures(["a cat"])
     subprocess.run([sys.executable, "-c", code, *SMALL], check=True)
