@@ -23,7 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes those of the process.
     """
     config = parse_config(argv)
-    return run_program(config.program, lambda: _train(config))
+    return run_program(
+        config.program,
+        lambda: _train(config),
+        other_weights="start from other weights with --resume_ckpt FILE.pt, or from nothing with "
+        "--init scratch",
+    )
 
 
 def _train(config: TrainConfig) -> int:

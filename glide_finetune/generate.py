@@ -63,7 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes those of the process.
     """
     config = parse_config(argv)
-    return run_program(PROGRAM, lambda: _draw(config))
+    return run_program(
+        PROGRAM,
+        lambda: _draw(config),
+        other_weights="give other weights to --base, --upsampler or --clip",
+    )
 
 
 def _draw(config: GenerateConfig) -> int:

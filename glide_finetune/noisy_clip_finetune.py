@@ -51,7 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes those of the process.
     """
     config = parse_config(argv)
-    return run_program(config.program, lambda: finetune(config).exit_status)
+    return run_program(
+        config.program,
+        lambda: finetune(config).exit_status,
+        other_weights="start from other weights with --clip PATH, or from nothing with --init "
+        "scratch",
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,13 @@ from collections.abc import Callable
 from glide_finetune.config import ConfigError
 
 
-def run_program(name: str, action: Callable[[], int], *, after_interrupt: str = "") -> int:
+def run_program(
+    name: str,
+    action: Callable[[], int],
+    *,
+    other_weights: str = "",
+    after_interrupt: str = "",
+) -> int:
     """Do what a command line asks for; returns the exit status.
 
     It is what `action` returns. With one line on standard error it is 2 for a setting that cannot
@@ -23,6 +29,7 @@ def run_program(name: str, action: Callable[[], int], *, after_interrupt: str = 
     Args:
         name: of the program, which these lines begin with.
         action: what is to be done, all imports that take long included.
+        other_weights: what to do instead where OpenAI's cannot be downloaded.
         after_interrupt: what is to be said after Ctrl-C.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
@@ -35,21 +42,26 @@ def run_program(name: str, action: Callable[[], int], *, after_interrupt: str = 
         print("; ".join(filter(None, (f"{name}: interrupted", after_interrupt))), file=sys.stderr)
         return 130
     except Exception as error:
-        if not _is_for_the_user(error):
+        line = _line_about(error, other_weights)
+        if line is None:
             raise
         if os.environ.get("GLIDE_TRACEBACK") == "1":
             traceback.print_exc()
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {line}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
 
 
-def _is_for_the_user(error: Exception) -> bool:
-    """Whether its message is one line about what is wrong and what to do."""
+def _line_about(error: Exception, other_weights: str) -> str | None:
+    """What is wrong and what to do; None if this is not for the user to know."""
     if isinstance(error, ValueError | OSError):
-        return True
+        return str(error)
     # here, since what is told above needs no torch
     from glide_finetune.bad_steps import TrainingDiverged
     from glide_finetune.memory import OutOfMemory
     from glide_text2im.download import DownloadError
 
-    return isinstance(error, DownloadError | TrainingDiverged | OutOfMemory)
+    if isinstance(error, DownloadError) and other_weights:
+        return f"{error}; or {other_weights}"
+    if isinstance(error, DownloadError | TrainingDiverged | OutOfMemory):
+        return str(error)
+    return None

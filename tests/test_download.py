@@ -236,9 +236,20 @@ def test_without_a_network_one_line_says_what_to_do(tmp_path):
     with pytest.raises(DownloadError) as raised:
         fetch_file_cached(url, progress=False, cache_dir=tmp_path)
     message = str(raised.value)
-    for part in (url, "refused", str(tmp_path), "base.pt", "--resume_ckpt", "--init scratch"):
+    for part in (url, "refused", f"Put the file into {tmp_path} as base.pt"):
         assert part in message
-    assert "\n" not in message
+    for part in ("\n", "--", "GLIDE_CACHE_DIR"):  # flags are those of programs
+        assert part not in message
+
+
+def test_without_a_network_the_variable_for_the_folder_is_named_where_it_counts(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("GLIDE_CACHE_DIR", str(tmp_path))
+    with Server() as closed:
+        url = closed.url
+    with pytest.raises(DownloadError, match="pt, or into a folder that GLIDE_CACHE_DIR"):
+        fetch_file_cached(url, progress=False)
 
 
 def test_a_folder_that_cannot_be_written_is_named(server, tmp_path):

@@ -437,7 +437,9 @@ def test_weights_that_are_not_to_be_had_are_told_in_one_line(tmp_path, capsys, m
     error = DownloadError("cannot download base.pt")
     monkeypatch.setattr(generation, "load_model", mock.Mock(side_effect=error))
     assert main(["--prompt", "a", "--output_dir", str(tmp_path), "--device", "cpu"]) == 1
-    assert told(capsys).endswith("error: cannot download base.pt")
+    assert told(capsys).endswith(
+        "error: cannot download base.pt; or give other weights to --base, --upsampler or --clip"
+    )
 
 
 def test_help_and_mistakes_need_no_torch():

@@ -27,6 +27,7 @@ from glide_finetune.noisy_clip import ClipTokens, RetrievalValidator, clip_losse
 from glide_finetune.noisy_clip_config import parse_config
 from glide_finetune.noisy_clip_finetune import main
 from glide_text2im.clip.model_creation import CLIPModel, create_clip_model
+from glide_text2im.download import DownloadError
 from glide_text2im.model_creation import create_gaussian_diffusion
 from glide_text2im.tokenizer.simple_tokenizer import SimpleTokenizer
 from real_runs import assert_same, history, load
@@ -340,6 +341,21 @@ def test_openais_weights_are_what_it_starts_from(monkeypatch):
     made = clip_weights.make_clip(config, None, torch.device("cpu"))
     assert asked == ["clip/image-enc", "clip/text-enc"]
     assert_same(dict(made.image_encoder.state_dict()), dict(model.image_encoder.state_dict()))
+
+
+def test_weights_that_are_not_to_be_had_are_told_with_what_else_there_is(monkeypatch, capsys):
+    def offline(*_):
+        raise DownloadError("cannot download clip_image_enc.pt")
+
+    write_pictures(twelve_captions())
+    monkeypatch.setattr(clip_weights, "load_checkpoint", offline)
+    monkeypatch.setattr(clip_weights, "CLIPModel", lambda options: tiny_clip())  # for speed
+    shared = ["--data_dir", "data", "--batch_size", "4", "--device", "cpu", "--num_workers", "0"]
+    assert main(shared) == 1
+    assert capsys.readouterr().err == (
+        "python -m glide_finetune.noisy_clip_finetune: error: cannot download clip_image_enc.pt; "
+        "or start from other weights with --clip PATH, or from nothing with --init scratch\n"
+    )
 
 
 # --------------------------------------------------------------------------------------- mistakes

@@ -473,7 +473,7 @@ class TestStartingFromWeights:
             monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
         assert main(["--data_dir", "data", "--checkpoints_dir", "offline"]) == 1
         error = capsys.readouterr().err.splitlines()[-1]
-        for part in ("base.pt", str(tmp_path / "cache"), "--resume_ckpt", "--init scratch"):
+        for part in ("base.pt", f"{tmp_path}/cache", "--resume_ckpt FILE.pt", "--init scratch"):
             assert part in error
         assert not (place / "offline").exists()
 

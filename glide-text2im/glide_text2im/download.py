@@ -32,7 +32,7 @@ MODEL_PATHS: dict[str, str] = {
 
 
 class DownloadError(RuntimeError):
-    """A file could not be downloaded; the message says why and what to do instead."""
+    """A file could not be downloaded; the message says why and where to put it."""
 
 
 def default_cache_dir() -> Path:
@@ -70,10 +70,10 @@ def fetch_file_cached(
             if not target.exists():  # another process may have fetched it in the meantime
                 transfer(url, target, progress=progress, chunk_size=chunk_size)
     except (TransferError, OSError) as error:
+        other_folder = ", or into a folder that GLIDE_CACHE_DIR names" if cache_dir is None else ""
         raise DownloadError(
             f"cannot download {url}: {error}. Put the file into {folder.absolute()} as "
-            f"{target.name}, or start from other weights with --resume_ckpt FILE, or from nothing "
-            f"with --init scratch"
+            f"{target.name}{other_folder}"
         ) from error
     return target
 
