@@ -3,6 +3,7 @@
 Nothing here imports torch, so that `--help` and mistakes answer at once.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -20,8 +21,9 @@ from glide_finetune.config_checks import (
     check_ranges,
     check_writable,
 )
-from glide_finetune.model_options import described_model
-from glide_finetune.runs import ARGS_NAME
+from glide_finetune.model_options import described_model, released_options
+from glide_finetune.runs import ARGS_NAME, read_args
+from glide_text2im.timesteps import space_timesteps
 
 SAMPLER_NAMES = ("ddpm", "ddim", "plms", "prk", "euler", "euler_a", "dpm++2m", "dpm++2m_sde")
 RELEASED = "released"  # in place of a path: OpenAI's weights
@@ -154,7 +156,8 @@ RANGES = {
     "side_y": _FROM_ZERO,
     "upsample_temp": _FROM_ZERO,
 }
-_RESPACING = r"[0-9]+(,[0-9]+)*|ddim[0-9]+|fast27"
+_COUNT = r"[1-9][0-9]*"
+_RESPACING = rf"{_COUNT}(,{_COUNT})*|ddim{_COUNT}|fast27"
 
 
 def check(config: GenerateConfig) -> None:
@@ -167,17 +170,14 @@ def check(config: GenerateConfig) -> None:
     check_choices(config)
     check_ranges(vars(config), RANGES)
     check_device(config.device)
-    for name in ("steps", "upsample_steps"):
-        if not re.fullmatch(_RESPACING, getattr(config, name)):
-            raise ConfigError(
-                f"--{name} is {getattr(config, name)!r}; give a number, or a respacing such as "
-                "fast27, ddim50 or 10,10,3,2,2"
-            )
     if bool(config.inpaint_image) != bool(config.inpaint_mask):
         raise ConfigError("--inpaint_image and --inpaint_mask go together: give both")
-    _check_model("base", config.base, "base")
-    if config.upsampler:
-        _check_model("upsampler", config.upsampler, "upsample")
+    for model, kind, steps in (
+        ("base", "base", "steps"),
+        ("upsampler", "upsample", "upsample_steps"),
+    ):
+        timesteps = _check_model(model, getattr(config, model), kind)
+        _check_steps(steps, getattr(config, steps), timesteps)
     if config.clip and config.clip != [RELEASED]:
         for path in clip_paths(config.clip):
             if not path.exists():
@@ -208,15 +208,37 @@ def clip_paths(given: list[str]) -> list[Path]:
     return paths
 
 
-def _check_model(name: str, given: str, kind: str) -> None:
-    """Whether there is something, and of what kind it is, as far as a description tells."""
-    if given == RELEASED:
-        return
+def _check_model(name: str, given: str, kind: str) -> int:
+    """Whether there is something, and of what kind it is, as far as a description tells; returns
+    its number of timesteps, as far as that is told."""
+    released = released_options(kind)["diffusion_steps"]
+    if given in ("", RELEASED):
+        return released
     path = Path(given).expanduser()
     if not path.exists():
         raise ConfigError(f"--{name}: {path} does not exist: give a .pt file or a run folder")
     if path.is_file():
-        check_stage(name, path, described_model(path)[0] or kind, kind)
+        found, options = described_model(path)
+        check_stage(name, path, found or kind, kind)
+        return options.get("diffusion_steps", released)
+    with contextlib.suppress(ValueError):  # no folder of a run, which is told later
+        return read_args(path).get("model_options", {}).get("diffusion_steps", released)
+    return released
+
+
+def _check_steps(name: str, respacing: str, timesteps: int) -> None:
+    """ConfigError, naming the flag, unless a picture can be drawn at these of all timesteps."""
+    if re.fullmatch(_RESPACING, respacing):
+        try:
+            kept = space_timesteps(timesteps, respacing)
+        except ValueError as error:
+            raise ConfigError(f"--{name}: {error}") from None
+        if len(kept) > 1:
+            return
+    raise ConfigError(
+        f"--{name} is {respacing!r}; give a number from 2 to {timesteps}, or a respacing such as "
+        "fast27, ddim50 or 10,10,3,2,2"
+    )
 
 
 def check_stage(name: str, path: Path, found: str, wanted: str) -> None:

@@ -26,16 +26,18 @@ from tiny_training import OPTIONS, SIDE, tiny_model
 ROOT = Path(__file__).parents[1]
 
 
-def write_run(folder: Path, kind="base", seed=0, ema_seed=None, vlb_weight=0.001) -> Path:
-    """A run folder with one checkpoint of a tiny model."""
+def write_run(
+    folder: Path, kind="base", seed=0, ema_seed=None, vlb_weight=0.001, **changes
+) -> Path:
+    """A run folder with one checkpoint of a tiny model with these changes of its options."""
     folder.mkdir()
-    model, _, options = tiny_model(kind, seed=seed)
+    model, _, options = tiny_model(kind, seed=seed, options=changes)
     ema = None if ema_seed is None else tiny_model(kind, seed=ema_seed)[0].state_dict()
     save_checkpoint(
         folder, epoch=0, step=3, model_state=model.state_dict(), ema_state=ema, training_state={},
         description={"kind": kind, "model_options": options, "vlb_weight": vlb_weight},
     )  # fmt: skip
-    write_args(folder, {"side_x": SIDE, "side_y": SIDE})
+    write_args(folder, {"side_x": SIDE, "side_y": SIDE, "model_options": changes})
     return folder
 
 
@@ -323,7 +325,18 @@ MISTAKES = {
     "no file": (["--prompt_file", "{}/none.txt"], "cannot read {}/none.txt"),
     "blank file": (["--prompt_file", "{}/blank.txt"], "blank.txt holds no prompt"),
     "sampler": (["--sampler", "heun"], "invalid choice: 'heun'"),
-    "steps": (["--steps", "many"], "--steps is 'many'; give a number, or a respacing"),
+    **{
+        f"{flag} {steps}": ([flag, steps], f"{flag} is '{steps}'; give a number from 2 to 1000, or")
+        for flag in ("--steps", "--upsample_steps")
+        for steps in ("many", "0", "1", "-5", "ddim0", "10,x", "10,0", "fast99", "")
+    },
+    "steps": (["--steps", "2000"], "--steps: timestep respacing asks for 2000 of the 1000"),
+    "sections": (["--upsample_steps", "9,501"], "--upsample_steps: timestep respacing asks for 50"),
+    "stride": (["--steps", "ddim300"], "--steps: no whole stride over 1000 timesteps gives ddim"),
+    "few": (["--base", "{}/few", "--steps", "50"], "--steps: timestep respacing asks for 50 of th"),
+    "few of a file": (
+        ["--base", "{}/few/glide-ft-0x3.pt", "--steps", "1"], "give a number from 2 to 20, or"
+    ),
     "missing": (["--base", "{}/none.pt"], "--base: {}/none.pt does not exist"),
     "stage": (["--base", "{}/runs/upsample/glide-ft-0x3.pt"], "kind upsample: give it as --ups"),
     "other": (["--upsampler", "{}/runs/base/glide-ft-0x3.pt"], "kind base: give it as --base"),
@@ -355,6 +368,7 @@ def odd(tmp_path_factory, runs) -> Path:
     Image.new("RGB", (20, 10)).save(folder / "wide.png")
     Image.new("RGB", (10, 20)).save(folder / "tall.png")
     (folder / "runs").symlink_to(runs)
+    write_run(folder / "few", diffusion_steps=20)
     return folder
 
 
@@ -376,7 +390,6 @@ def test_a_mistake_is_told_in_one_line(odd, capsys, name):
         (["--base", "{}/runs/upsample"], 2, "holds a model of kind upsample: give it as --upsam"),
         (["--base", "{}"], 1, "holds no whole checkpoint"),
         (["--base", "{}/blank.txt"], 1, "not a PyTorch weights file"),
-        (["--base", "{}/runs/base", "--steps", "5000"], 1, "timestep respacing asks for 5000"),
         (
             ["--base", "{}/runs/base", "--inpaint_image", "{}/wide.png", "--inpaint_mask",
              "{}/wide.png"],

@@ -6,13 +6,14 @@ from glide_text2im.defaults import (
     model_and_diffusion_defaults_upsampler,
 )
 from glide_text2im.gaussian_diffusion import get_named_beta_schedule
-from glide_text2im.respace import SpacedDiffusion, space_timesteps
+from glide_text2im.respace import SpacedDiffusion
 from glide_text2im.text2im_model import (
     InpaintText2ImUNet,
     SuperResInpaintText2ImUnet,
     SuperResText2ImUNet,
     Text2ImUNet,
 )
+from glide_text2im.timesteps import space_timesteps
 
 __all__ = [
     "create_gaussian_diffusion",
