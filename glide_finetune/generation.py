@@ -42,6 +42,7 @@ from glide_text2im.clip.model_creation import CLIPModel
 
 logger = logging.getLogger(__name__)
 
+MOST_SHOWN_OF_CUT = 80  # characters of the end of a caption that is too long
 MOST_IN_GRID = 256  # pictures; a grid of thousands could not be looked at, nor always be held
 
 
@@ -226,9 +227,12 @@ class Painter:
         for prompt in prompts:
             tokens = tokenizer.encode(prompt)
             if len(tokens) > most:
+                cut = tokenizer.decode(tokens[most:])
+                if len(cut) > MOST_SHOWN_OF_CUT:
+                    cut = cut[: MOST_SHOWN_OF_CUT - 1] + "…"
                 logger.warning(
                     "a caption has %d tokens, the model reads %d: what is cut is %r",
-                    len(tokens), most, tokenizer.decode(tokens[most:]),
+                    len(tokens), most, cut,
                 )  # fmt: skip
 
     @contextlib.contextmanager

@@ -433,10 +433,14 @@ def test_a_picture_whose_settings_were_changed_is_told_in_one_line(
 
 def test_what_is_cut_from_a_long_prompt_is_told(runs, tmp_path, caplog):
     prompt = "one two three four five six seven eight nine ten"
-    generate(config_of(runs, tmp_path, prompt=["a cat", prompt]))
-    (line,) = [r.message for r in caplog.records if "tokens" in r.message]
+    Painter(config_of(runs, tmp_path)).tell_what_is_cut(["a cat", prompt, prompt + " word" * 1000])
+    line, long_line = [r.message for r in caplog.records if "tokens" in r.message]
     most = OPTIONS["text_ctx"]
     assert f"10 tokens, the model reads {most}: what is cut is ' nine ten'" in line
+    start = f"1010 tokens, the model reads {most}: what is cut is ' nine ten word word"
+    assert start in long_line
+    assert long_line.endswith("…'")
+    assert len(long_line.partition("cut is ")[2]) == 80 + len("''")
 
 
 def test_too_little_memory_is_told_in_one_line(runs, tmp_path, capsys, monkeypatch):
