@@ -279,14 +279,15 @@ class Trainer:
             self.save()
 
     def _unless_stopping(self, action: Callable[["Trainer"], Any]) -> Any:
-        """The result of action(self), which is left at its next use of the model when training
-        shall stop, or where memory runs out; None then."""
+        """The result of action(self), which is left at its next use of any part of the model when
+        training shall stop, or where memory runs out; None then."""
 
         def leave_if_stopping(*_: Any) -> None:
             if self.stop_requested:
                 raise _Interrupted
 
-        hook = self.model.register_forward_pre_hook(leave_if_stopping)
+        # of all parts, since some models, such as CLIP, are only ever used in part
+        hooks = [m.register_forward_pre_hook(leave_if_stopping) for m in self.model.modules()]
         try:
             return action(self)
         except _Interrupted:
@@ -301,7 +302,8 @@ class Trainer:
             )  # fmt: skip
             return None
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     def _count_steps(self, loader: Iterable) -> int | None:
         """Optimizer steps of the whole run; None where the data does not tell its length."""

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -236,6 +238,27 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights():
     ]
     assert lines[0] == lines[1]
     assert [line["step"] for line in lines[0]] == [1, 2, 4, 5, 6, 7]
+
+
+def test_who_asks_to_stop_need_not_wait_for_the_validation(monkeypatch):
+    write_pictures(twelve_captions())
+    words = ["--max_steps", "1", "--val_fraction", "0.3"]
+    measure = RetrievalValidator.__call__
+    measured = []
+
+    def ask_to_stop(self, trainer):
+        os.kill(os.getpid(), signal.SIGTERM)
+        measured.append(measure(self, trainer))
+        return measured[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RetrievalValidator, "__call__", ask_to_stop)
+        assert main([*SMALL, *words]) == 128 + signal.SIGTERM
+    assert measured == []
+    run = Path("runs/0000")
+    assert "val/loss" not in read_metrics(run)[-1]
+    assert main(["--resume_ckpt", str(run)]) == 0  # which makes up for what was left
+    assert "val/loss" in read_metrics(run)[-1]
 
 
 @pytest.mark.parametrize("frozen", ["text", "image"])
