@@ -21,7 +21,7 @@ from glide_finetune import training_run
 from glide_finetune.checkpoints import newest_checkpoint
 from glide_finetune.metrics import read_metrics
 from glide_finetune.model_options import training_options
-from glide_finetune.samples import SampleDrawer
+from glide_finetune.samples import CELL_WIDTH, PADDING, SampleDrawer
 from glide_finetune.validation import Validator
 from glide_text2im.model_creation import create_model_and_diffusion
 from real_runs import (
@@ -523,6 +523,19 @@ class TestKindsOfRun:
         run = place / "upsampler" / "0000"
         assert len(list((run / "samples").glob("*.png"))) == 2
         assert json.loads((run / "glide-ft-0x2.json").read_text())["kind"] == "upsample"
+
+    def test_the_samples_of_an_inpainting_run_end_with_a_picture_of_the_data(self, place, tmp_path):
+        Image.new("RGB", (8, 8), (200, 30, 60)).save(tmp_path / "red.png")
+        (tmp_path / "red.txt").write_text("a red wall")
+        words = ["--train_inpaint", "--max_steps", "1", "--val_data_dir", str(tmp_path)]
+        assert main([*SMALL_MODEL, *words, "--checkpoints_dir", "repainted"]) == 0
+        with Image.open(place / "repainted" / "0000" / "samples" / "00000001.png") as grid:
+            drawn, repainted = PADDING, PADDING + CELL_WIDTH + PADDING
+            assert grid.width == repainted + CELL_WIDTH + PADDING
+            assert grid.getpixel((repainted, PADDING)) == (200, 30, 60)
+            assert grid.getpixel((drawn, PADDING)) != (200, 30, 60)
+            middle = CELL_WIDTH // 2
+            assert grid.getpixel((repainted + middle, PADDING + middle)) != (200, 30, 60)
 
     def test_shards_without_the_key_are_found_before_a_download(self, place, capsys, monkeypatch):
         monkeypatch.setattr(training_run, "load_model", None)
