@@ -207,6 +207,11 @@ class TrainConfig:
         return training_options(self.model_type, self.model_preset, self.model_options)
 
     @property
+    def text_ctx(self) -> int:
+        """How many tokens of a caption the model reads."""
+        return self.options["text_ctx"]
+
+    @property
     def scale(self) -> int:
         """How many times larger than the base image the images are that the model draws."""
         return self.upscale_factor if self.train_upsample else 1

@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +16,13 @@ from torch.nn.functional import interpolate
 from glide_finetune.atomic_files import atomic_file
 from glide_finetune.config import TrainConfig
 from glide_finetune.data.bad_samples import KINDS, TRIAL_SAMPLES
-from glide_finetune.data.captions import default_tokenizer
+from glide_finetune.data.captions import Tokenizer, default_tokenizer
+from glide_finetune.data.dataloading import split_validation
 from glide_finetune.data.folder_index import FolderIndex
 from glide_finetune.data.survey import MOST_NAMES, Some, Survey, survey
 from glide_finetune.loader import TextImageDataset
 from glide_finetune.samples import labelled_grid
-from glide_finetune.training_data import make_dataset, make_training_data
+from glide_finetune.training_data import Split, make_dataset, make_training_data
 
 SHEET_SAMPLES = 16
 SHEET_NAME = "dry_run/data.png"  # in the folder of the runs, but no run, since those are numbers
@@ -30,26 +31,32 @@ BAR_WIDTH = 40
 NAME_WIDTH = 30
 
 
-def report_data(config: TrainConfig) -> None:
+def report_data(
+    config: TrainConfig, *, tokenizer: Tokenizer | None = None, split: Split = split_validation
+) -> None:
     """Look at all data, print what there is and what is wrong with it, draw some of it.
+
+    Args:
+        tokenizer, split: as of `make_training_data`.
 
     Raises:
         ValueError, OSError: why training would stop, in one line.
     """
     with _warnings_off("glide_finetune.data"):  # which tell one by one what is told in sum here
-        found = _print_data("data", config.data_dir, config)
+        found = _print_data("data", config.data_dir, config, tokenizer)
         if config.val_data_dir:
-            _print_data("validation data", config.val_data_dir, config)
-        samples = first_samples(config, SHEET_SAMPLES if found.interrupted else TRIAL_SAMPLES)
+            _print_data("validation data", config.val_data_dir, config, tokenizer)
+        loader = make_training_data(config, "cpu", tokenizer=tokenizer, split=split).loader
+        samples = first_samples(loader, SHEET_SAMPLES if found.interrupted else TRIAL_SAMPLES)
         path = Path(config.checkpoints_dir).expanduser() / SHEET_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
-            draw_sheet(samples).save(file, "png")
+            draw_sheet(samples, tokenizer or default_tokenizer()).save(file, "png")
     print(f"\nsome of it, drawn as for training: {path}")
 
 
-def _print_data(title: str, place: str, config: TrainConfig) -> Survey:
-    dataset = make_dataset(place, config, config.options, return_keys=True)
+def _print_data(title: str, place: str, config: TrainConfig, tokenizer: Tokenizer | None) -> Survey:
+    dataset = make_dataset(place, config, return_keys=True, tokenizer=tokenizer)
     print(
         f"\n{title}: {place}, for images of {config.image_width}x{config.image_height}", flush=True
     )
@@ -57,7 +64,7 @@ def _print_data(title: str, place: str, config: TrainConfig) -> Survey:
     lines = describe(found, config)
     if isinstance(dataset, TextImageDataset):
         lines += describe_index(dataset.index)
-    lines += histogram(found.caption_lengths, config.options["text_ctx"])
+    lines += histogram(found.caption_lengths, config.text_ctx)
     for name, count, remark in lines:
         print(f"  {name:<{NAME_WIDTH}}{count:>10,}  {remark}".rstrip())
     return found
@@ -86,7 +93,7 @@ class Line(NamedTuple):
 def describe(found: Survey, config: TrainConfig) -> list[Line]:
     """A survey in lines, those left out that have nothing to tell."""
     size = f"{config.image_width}x{config.image_height}"
-    longest = config.options["text_ctx"]
+    longest = config.text_ctx
     lines = [Line("samples", found.samples, _extent(found)), Line("usable", found.usable)]
     for kind, name in KINDS.items():
         of_kind = {reason: some for (k, reason), some in found.skipped.items() if k == kind}
@@ -162,13 +169,12 @@ def histogram(lengths: Counter[int], longest: int) -> list[Line]:
 
 
 # ------------------------------------------------------------------- in a picture
-def first_samples(config: TrainConfig, most: int) -> list[tuple[torch.Tensor, ...]]:
+def first_samples(loader: Iterable, most: int) -> list[tuple[torch.Tensor, ...]]:
     """The first `SHEET_SAMPLES` of the first epoch of training, without their keys.
 
     Takes `most` samples from the loader, or an epoch if it has fewer, and so raises the ValueError
     with which training would give up data of which too much cannot be read.
     """
-    loader = make_training_data(config, config.options, "cpu").loader
     first: list[tuple[torch.Tensor, ...]] = []
     count = 0
     for *parts, keys in loader:
@@ -179,10 +185,11 @@ def first_samples(config: TrainConfig, most: int) -> list[tuple[torch.Tensor, ..
     return first
 
 
-def draw_sheet(samples: Sequence[tuple[torch.Tensor, ...]]) -> Image.Image:
+def draw_sheet(samples: Sequence[tuple[torch.Tensor, ...]], tokenizer: Tokenizer) -> Image.Image:
     """Samples as a grid, with the captions that the model gets."""
-    decode = default_tokenizer().decode
-    captions = [decode(tokens[mask].tolist()) or "(empty)" for tokens, mask, *_ in samples]
+    captions = [
+        tokenizer.decode(tokens[mask].tolist()) or "(empty)" for tokens, mask, *_ in samples
+    ]
     return labelled_grid(
         torch.stack([_side_by_side(*images) for _, _, *images in samples]), captions
     )

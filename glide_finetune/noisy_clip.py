@@ -13,6 +13,7 @@ from torch import Tensor
 from glide_finetune.clip_weights import make_clip
 from glide_finetune.contrastive import MOST_LOGIT_SCALE, ContrastiveLosses, contrastive_losses
 from glide_finetune.data.caption_split import split_by_caption
+from glide_finetune.data_report import report_data
 from glide_finetune.glide_util import sampling_mode
 from glide_finetune.noisy_clip_config import ClipConfig
 from glide_finetune.optimization import make_optimizer
@@ -49,6 +50,10 @@ class ClipTokens:
             row = tokens
         padding = text_ctx - len(row)
         return [*row, *[0] * padding], [True] * len(row) + [False] * padding
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text between start and end token, with a space after every word."""
+        return self._tokenizer.decode(tokens[1:-1])
 
     @property
     def _end(self) -> int:
@@ -143,16 +148,15 @@ class RetrievalValidator:
         }
 
 
+def report_clip_data(config: ClipConfig) -> None:
+    """`report_data` of what a CLIP is trained on."""
+    report_data(config, tokenizer=ClipTokens(), split=split_by_caption)
+
+
 def clip_job(config: ClipConfig, origin: Origin, device: torch.device) -> Job:
     """The training of a noise-aware CLIP, for `training_run.run`."""
     options = config.options
-    data = make_training_data(
-        config,
-        {"text_ctx": options["max_text_len"]},
-        device,
-        tokenizer=ClipTokens(),
-        split=split_by_caption,
-    )
+    data = make_training_data(config, device, tokenizer=ClipTokens(), split=split_by_caption)
     model = make_clip(config, origin.checkpoint.weights if origin.checkpoint else None, device)
     optimizer = make_optimizer(model, config.learning_rate, config.adam_weight_decay)
 

@@ -22,6 +22,7 @@ from glide_finetune.config import (
     DATA,
     MODEL,
     REPORTS,
+    START,
     TRAINING,
     ConfigError,
     TrainConfig,
@@ -48,6 +49,9 @@ class ClipConfig(TrainConfig):
     no flag in `FIELDS` keep their defaults."""
 
     # fmt: off
+    dry_run: bool = flag(False, group=START, once=True,
+        help="train nothing: print the settings as they come out, then what is wrong with the "
+             "data, and draw some of it into CHECKPOINTS_DIR/dry_run")
     model_preset: str = flag("released", group=MODEL, choices=tuple(CLIP_PRESETS),
         help="size of the model: released has OpenAI's, small about 4 M parameters, most of them "
              "word vectors")
@@ -106,9 +110,14 @@ class ClipConfig(TrainConfig):
             **RELEASED_OPTIONS, **CLIP_PRESETS[self.model_preset], **first, **self.model_options
         }  # fmt: skip
 
+    @property
+    def text_ctx(self) -> int:
+        """How many tokens of a caption the model reads, start and end token included."""
+        return self.options["max_text_len"]
+
 
 _NOT_OF_CLIP = (
-    "demo", "dry_run", "config", "use_captions", "uncond_p", "side_x", "side_y", "train_upsample",
+    "demo", "use_captions", "uncond_p", "side_x", "side_y", "train_upsample",
     "train_inpaint", "upscale_factor", "vlb_weight", "loss_weighting", "freeze_transformer",
     "freeze_diffusion", "use_fp16", "activation_checkpointing", "log_frequency", "test_prompt",
     "prompt_file", "test_batch_size", "test_guidance_scale", "image_to_upsample",
@@ -120,7 +129,8 @@ FIELDS = {name: field for name, field in SETTINGS.items() if name not in _NOT_OF
 def parse_config(argv: Sequence[str] | None = None) -> ClipConfig:
     """The settings that a command line asks for, completed and checked.
 
-    With `--resume_ckpt` the defaults are those of the run, or the model's in the file.
+    Defaults come, the later winning, from `ClipConfig`, `--config`, and from what `--resume_ckpt`
+    or `--clip` names: the settings of a run to go on in, the sizes of the model in the files.
 
     Args:
         argv: the arguments without the program's name; None takes those of the process.
@@ -153,8 +163,16 @@ def build_parser() -> Parser:
 
 
 def _with_defaults(typed: dict[str, Any]) -> dict[str, Any]:
+    defaults: dict[str, Any] = {}
+    if typed.get("config"):
+        defaults = saved_settings("config", typed["config"], SETTINGS)
+        if "freeze_text" not in defaults:
+            raise ConfigError(f"--config: {typed['config']} is of a run that trains no CLIP")
+    if typed.keys() & {"clip", "init"}:  # of which one may contradict the other's default
+        defaults = {key: value for key, value in defaults.items() if key not in ("clip", "init")}
+    settings = merge(defaults, typed)
     start = interpret_resume(
-        typed.get("resume_ckpt", ""), typed.get("checkpoints_dir", ClipConfig.checkpoints_dir)
+        typed.get("resume_ckpt", ""), settings.get("checkpoints_dir", ClipConfig.checkpoints_dir)
     )
     if start.run_dir and (start.run_dir / ARGS_NAME).exists():
         if "freeze_text" not in read_args(start.run_dir):
@@ -162,13 +180,13 @@ def _with_defaults(typed: dict[str, Any]) -> dict[str, Any]:
                 f"--resume_ckpt: the run {start.run_dir} trains no CLIP: go on with it by "
                 f"{TrainConfig().command}"
             )
-        return merge(saved_settings("resume_ckpt", start.run_dir, SETTINGS), typed)
+        return merge(defaults, saved_settings("resume_ckpt", start.run_dir, SETTINGS), typed)
     if start.weights and "model_preset" not in typed:
         _, options = described_model(start.weights)
-        return merge({"model_options": options}, typed)
+        return merge(defaults, {"model_options": options}, typed)
     if typed.get("clip") and "model_preset" not in typed:
-        return merge({"model_options": _options_beside(typed["clip"])}, typed)
-    return merge(typed)
+        return merge(defaults, {"model_options": _options_beside(typed["clip"])}, typed)
+    return settings
 
 
 def _options_beside(clip: list[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ python -m glide_finetune.generate --prompt "a red fox" --clip clip_checkpoints/0
 From a notebook: finetune(ClipConfig(data_dir="DIR")).
 """
 
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -53,10 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(argv)
     return run_program(
         config.program,
-        lambda: finetune(config).exit_status,
+        lambda: _dry_run(config) if config.dry_run else finetune(config).exit_status,
         other_weights="start from other weights with --clip PATH, or from nothing with --init "
         "scratch",
     )
+
+
+def _dry_run(config: ClipConfig) -> int:
+    print(json.dumps(config.to_dict(), indent=2), flush=True)
+    from glide_finetune.noisy_clip import report_clip_data
+
+    report_clip_data(config)
+    return 0
 
 
 if __name__ == "__main__":

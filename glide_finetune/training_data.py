@@ -47,13 +47,12 @@ class TrainingData:
 
 def make_training_data(
     config: TrainConfig,
-    options: dict,
     device: torch.device | str,
     *,
     tokenizer: Tokenizer | None = None,
     split: Split = split_validation,
 ) -> TrainingData:
-    """Find and arrange the data that `config` names; `options` are the model's.
+    """Find and arrange the data that `config` names.
 
     Args:
         tokenizer: None means GLIDE's own.
@@ -62,12 +61,10 @@ def make_training_data(
     Raises:
         ValueError: nothing usable is there.
     """
-    training = make_dataset(config.data_dir, config, options, return_keys=True, tokenizer=tokenizer)
+    training = make_dataset(config.data_dir, config, return_keys=True, tokenizer=tokenizer)
     validation, low_res = None, None
     if config.val_data_dir:
-        validation = make_dataset(
-            config.val_data_dir, config, options, tokenizer=tokenizer
-        ).for_evaluation()
+        validation = make_dataset(config.val_data_dir, config, tokenizer=tokenizer).for_evaluation()
     elif config.val_fraction:
         training, validation = split(training, config.val_fraction, config.seed)
     if config.train_upsample and not config.image_to_upsample:
@@ -96,7 +93,6 @@ def make_training_data(
 def make_dataset(
     place: str,
     config: TrainConfig,
-    options: dict,
     *,
     return_keys: bool = False,
     tokenizer: Tokenizer | None = None,
@@ -110,7 +106,7 @@ def make_dataset(
     return make(
         place,
         config,
-        text_ctx_len=options["text_ctx"],
+        text_ctx_len=config.text_ctx,
         return_keys=return_keys,
         tokenizer=tokenizer,
     )

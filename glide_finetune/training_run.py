@@ -130,7 +130,7 @@ def glide_job(config: TrainConfig, origin: "Origin", device: torch.device) -> "J
     """The training of a GLIDE network."""
     checkpoint = origin.checkpoint
     # first the data, since mistakes in it should not have to wait for a download
-    data = make_training_data(config, config.options, device)
+    data = make_training_data(config, device)
     low_res = image_to_upsample(config, data)
     if is_widened(checkpoint, config):  # the moments would not fit a wider convolution
         origin = replace(origin, checkpoint=replace(checkpoint, training_state=None))

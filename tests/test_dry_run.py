@@ -210,7 +210,7 @@ def sheet_of(monkeypatch, capsys, *argv: str) -> tuple[Image.Image, list[str], t
     words = [*SMALL, "--data_dir", "data", "--batch_size", "9", *argv]
     dry_run(capsys, *words)
     config = parse_config(words)
-    batch = next(iter(make_training_data(config, config.options, "cpu").loader))
+    batch = next(iter(make_training_data(config, "cpu").loader))
     with Image.open(SHEET) as sheet:
         return sheet.copy(), captions, batch
 

@@ -1,5 +1,6 @@
 """Fine-tuning the noise-aware CLIP: its loss, its runs, its files, and that it learns."""
 
+import dataclasses
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from glide_finetune import clip_weights
+from glide_finetune import clip_weights, data_report
 from glide_finetune.arguments import parse_config as parse_glide_config
 from glide_finetune.clip_options import RELEASED_OPTIONS
 from glide_finetune.clip_weights import read_clip, used_clip
@@ -381,6 +382,46 @@ def test_weights_that_are_not_to_be_had_are_told_with_what_else_there_is(monkeyp
     )
 
 
+# ------------------------------------------------------------------------------------ its settings
+def test_a_dry_run_tells_of_the_data_and_shows_it_with_the_captions_that_clip_gets(
+    capsys, monkeypatch
+):
+    write_pictures([*twelve_captions(), "A Cat &amp; a dog", "word " * 9])
+    labels = []
+    draw = data_report.labelled_grid
+    monkeypatch.setattr(
+        data_report, "labelled_grid", lambda pics, texts: draw(pics, labels.extend(texts) or texts)
+    )
+    assert main([*SMALL, "--val_fraction", "0.1", "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    settings, end = json.JSONDecoder().raw_decode(out)
+    assert settings["batch_size"] == 4
+    report = " ".join(out[end:].split())
+    assert "data: data, for images of 8x8 samples 14 usable 14" in report
+    assert "captions cut at 10 tokens 1 13.png" in report  # of 11 with start and end
+    texts = [*twelve_captions(), "a cat & a dog", " ".join(["word"] * 8)]
+    assert set(map(str.strip, labels)) < set(texts)  # less what is held back
+    assert len(labels) == 12
+    assert [path.name for path in Path("runs").iterdir()] == ["dry_run"]
+
+
+def test_another_runs_settings_are_defaults(clip_run):
+    old = parse_config(["--config", str(clip_run / "args.json")])
+    assert (old.max_steps, old.ema_rate, old.model_options["image_size"]) == (2, 0.9, 8)
+    new = parse_config(["--config", str(clip_run), "--ema_rate", "0", "--init", "scratch"])
+    assert new == dataclasses.replace(old, config=str(clip_run), ema_rate=0.0)
+
+
+def test_a_typed_start_takes_the_place_of_another_runs(clip_run):
+    files = [str(clip_run / name) for name in ("clip_image_enc.pt", "clip_text_enc.pt")]
+    words = ["--config", str(clip_run), "--clip", *files]
+    config = parse_config(words)
+    assert (config.init, config.clip) == ("pretrained", [str(Path(f).absolute()) for f in files])
+    Path("args.json").write_text(json.dumps(config.to_dict() | {"config": ""}))
+    config = parse_config(["--config", "args.json", "--init", "scratch"])
+    assert (config.init, config.clip) == ("scratch", [])
+
+
 # --------------------------------------------------------------------------------------- mistakes
 @pytest.mark.parametrize(
     ("argv", "message"),
@@ -397,6 +438,8 @@ def test_weights_that_are_not_to_be_had_are_told_with_what_else_there_is(monkeyp
         (["--data_dir", "nowhere"], "--data_dir"),
         (["--resume_ckpt", "base"], "trains no CLIP: go on with it by python train_glide.py"),
         (["--resume_ckpt", "base/glide-ft-0x3.pt"], "is a model of kind base, no CLIP"),
+        (["--config", "base"], "--config: base is of a run that trains no CLIP"),
+        (["--config", "nowhere"], "--config: nowhere"),
         (["--vlb_weight", "1"], "unrecognized arguments: --vlb_weight"),
     ],
 )

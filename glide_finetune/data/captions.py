@@ -22,6 +22,8 @@ class Tokenizer(Protocol):
         self, tokens: list[int], text_ctx: int
     ) -> tuple[list[int], list[bool]]: ...
 
+    def decode(self, tokens: list[int]) -> str: ...
+
 
 @cache
 def default_tokenizer() -> Tokenizer:
