@@ -304,7 +304,8 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
     chosen again; but the workers of a run over shards stay, since the order of its samples depends
     on their number.
     """
-    settings = config.to_dict() | {name: _absolute(getattr(config, name)) for name in PATHS}
+    settings = config.to_dict()
+    settings |= {name: _absolute(settings[name]) for name in settings.keys() & PATHS}
     chosen = complete(dataclasses.replace(config, uncond_p=None, num_workers=None))
     if config.uncond_p == chosen.uncond_p:
         settings["uncond_p"] = None

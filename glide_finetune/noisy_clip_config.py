@@ -110,6 +110,10 @@ class ClipConfig(TrainConfig):
             **RELEASED_OPTIONS, **CLIP_PRESETS[self.model_preset], **first, **self.model_options
         }  # fmt: skip
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values, without what does not concern a CLIP."""
+        return {name: value for name, value in super().to_dict().items() if name in FIELDS}
+
     @property
     def text_ctx(self) -> int:
         """How many tokens of a caption the model reads, start and end token included."""

@@ -120,6 +120,7 @@ class Trainer:
         self.stop_requested = False
         self._validate = validate
         self._losses = losses or self._glide_losses
+        self._description_of_loss = {} if losses else {"vlb_weight": config.vlb_weight}
         self._learning_rates = [group["lr"] for group in optimizer.param_groups]
         self._bad_steps = BadSteps(config.loss_spike_factor)
         self._total_steps: int | None = None
@@ -352,7 +353,7 @@ class Trainer:
                 "kind": self.config.model_type,
                 "model_options": self.options,
                 "precision": self.config.precision,
-                "vlb_weight": self.config.vlb_weight,
+                **self._description_of_loss,
                 "metrics": self._last_metrics,
                 **self.provenance,
             },

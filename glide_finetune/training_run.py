@@ -334,7 +334,7 @@ def warn_of_changes(origin: Origin, now: dict[str, Any], config: TrainConfig) ->
     changes = [
         f"{name} {before[name]} -> {now['settings'][name]}"
         for name in (field.name for field in of_interest)
-        if name in before and before[name] != now["settings"][name]
+        if name in before.keys() & now["settings"].keys() and before[name] != now["settings"][name]
     ]
     old_data, new_data = described.get("data"), now["data"]
     if old_data and old_data["fingerprint"] != new_data["fingerprint"]:

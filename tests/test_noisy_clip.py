@@ -27,7 +27,7 @@ from glide_finetune.generation import generate
 from glide_finetune.loader import TextImageDataset
 from glide_finetune.metrics import read_metrics
 from glide_finetune.noisy_clip import ClipTokens, RetrievalValidator, clip_losses
-from glide_finetune.noisy_clip_config import parse_config
+from glide_finetune.noisy_clip_config import FIELDS, parse_config
 from glide_finetune.noisy_clip_finetune import main
 from glide_text2im.clip.model_creation import CLIPModel, create_clip_model
 from glide_text2im.download import DownloadError
@@ -334,6 +334,24 @@ def test_generate_draws_with_it(clip_run):
         assert one.tobytes() != other.tobytes()
         told = json.loads(other.text["settings"])["clip"]
     assert told == [str(next(clip_run.glob("*-ema.pt")).absolute())]
+
+
+def test_its_files_tell_only_settings_that_concern_a_clip(clip_run):
+    settings = json.loads((clip_run / "args.json").read_text())
+    assert settings.keys() == FIELDS.keys()
+    (path,) = clip_run.glob("glide-ft-*.json")
+    description = json.loads(path.read_text())
+    assert description["settings"] == settings
+    assert description.keys() == {
+        "kind", "model_options", "precision", "metrics", "trained_from", "data", "settings",
+        "epoch", "step", "files",
+    }  # fmt: skip
+
+
+def test_a_run_that_told_more_settings_goes_on(clip_run):
+    path = clip_run / "args.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vlb_weight": 0.001, "side_x": 8}))
+    assert main(["--resume_ckpt", str(clip_run), "--max_steps", "3"]) == 0
 
 
 def test_a_new_run_starts_from_the_files_of_another(clip_run):
