@@ -92,6 +92,8 @@ class CheckpointWriter:
             return True
         available = available_memory(torch.device("cpu"))
         needed = sum(tensor.nbytes for tensor in _tensors(checkpoint))
+        # weights that are kept in fewer bytes become float32 while they are written
+        needed += sum(4 * t.numel() for t in checkpoint["model_state"].values() if t.itemsize < 4)
         return available is None or needed < MOST_OF_MEMORY * available
 
     def _copy(self, value: Any, name: str) -> Any:

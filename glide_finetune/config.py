@@ -158,6 +158,11 @@ class TrainConfig:
 
     precision: str = flag("fp32", group=MEMORY, choices=PRECISIONS,
         help="of the arithmetic; weights, gradients and optimizer stay float32")
+    low_memory: bool = flag(False, group=MEMORY,
+        help="keep weights, gradients and the optimizer's moments in bf16, 8 bytes a parameter "
+             "instead of 16, rounded at random so that small updates still count; best with "
+             "--precision bf16, since fp32 makes float32 copies of the weights in each pass. The "
+             "gradients of many accumulated passes lose digits")
     use_fp16: bool = flag(False, "-fp16", group=MEMORY, help="the same as --precision fp16")
     activation_checkpointing: bool = flag(False, "-grad_ckpt", group=MEMORY,
         help="compute activations again in the backward pass instead of keeping them")
@@ -240,6 +245,8 @@ class TrainConfig:
             advice.append("add --activation_checkpointing")
         if self.precision == "fp32":
             advice.append("compute in half precision with --precision bf16")
+        if not self.low_memory:
+            advice.append("keep weights and optimizer in half precision with --low_memory")
         if not (self.freeze_transformer or self.freeze_diffusion):
             advice.append("train only a part with --freeze_transformer")
         return [*advice, "choose a smaller --model_preset or image size"]

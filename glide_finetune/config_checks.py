@@ -144,6 +144,11 @@ def check_combinations(config: TrainConfig, start: Start) -> None:
             "--lr_schedule cosine needs its last step, which shards do not tell: add --max_steps "
             "or --wds_epoch_samples"
         )
+    if config.low_memory and config.precision == "fp16":
+        raise ConfigError(
+            "--low_memory keeps gradients in bf16, for which there is no loss scaling, which fp16 "
+            "needs: give --precision bf16 or fp32"
+        )
     if config.weights_only and not start.weights:
         raise ConfigError("--weights_only goes with --resume_ckpt FILE.pt")
     check_device(config.device)

@@ -8,7 +8,8 @@ from torch import nn
 
 
 class EMA:
-    """An exponential moving average of a model's trainable parameters, kept in float32.
+    """An exponential moving average of a model's trainable parameters, kept in float32,
+    whatever the dtype of those.
 
     The decay starts low and rises to `rate`, min(rate, (1 + n) / (10 + n)) at update n, so that
     the average forgets its start within a few updates even at a rate such as 0.9999.
@@ -30,7 +31,11 @@ class EMA:
         """Move the average towards the parameters as they are now."""
         decay = min(self.rate, (1 + self.updates) / (10 + self.updates))
         average, live = list(self._average.values()), list(self._live.values())
-        torch._foreach_lerp_(average, live, 1 - decay)
+        if all(p.dtype == torch.float32 for p in live):
+            torch._foreach_lerp_(average, live, 1 - decay)
+        else:  # one by one, as all in float32 would take as much memory as the average
+            for mean, p in zip(average, live, strict=True):
+                mean.lerp_(p.float(), 1 - decay)
         self.updates += 1
 
     def model_state(self) -> dict[str, torch.Tensor]:

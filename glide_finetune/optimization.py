@@ -1,10 +1,14 @@
-"""What moves the weights: AdamW, its learning rate over time, and which parameters are frozen."""
+"""What moves the weights: AdamW, its learning rate and the length of its gradients; and what is
+frozen."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+
+from glide_finetune.low_memory import LowMemoryAdamW
 
 
 def freeze(model: nn.Module, *, transformer: bool, diffusion: bool) -> None:
@@ -28,10 +32,16 @@ def freeze(model: nn.Module, *, transformer: bool, diffusion: bool) -> None:
 
 
 def make_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) over the parameters of `model` that train."""
+    model: nn.Module, learning_rate: float, weight_decay: float, seed: int = 0
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) over the parameters of `model` that train.
+
+    Where `fp16_util.keep_in_bf16` keeps those in bfloat16, it is `LowMemoryAdamW`, whose rounding
+    follows from the seed.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
+    if trainable[0].dtype == torch.bfloat16:
+        return LowMemoryAdamW(trainable, lr=learning_rate, weight_decay=weight_decay, seed=seed)
     fused = trainable[0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(
         trainable, lr=learning_rate, weight_decay=weight_decay, fused=fused or None
@@ -41,13 +51,17 @@ def make_optimizer(
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Take the moments from an earlier `state_dict`; learning rate, weight decay and `fused` stay.
 
+    They become what the optimizer keeps: those of AdamW are rounded to bfloat16 for
+    `LowMemoryAdamW`, whose own AdamW takes as they are.
+
     Raises:
         ValueError: the state belongs to other parameters.
     """
     try:
-        # Before loading, since `fused` and the like decide where the moments go.
+        # Before loading, since `fused` and the like decide where the moments go. What another kind
+        # of optimizer has beside is left.
         groups = [
-            {**saved, **group, "params": saved["params"]}
+            {**group, "params": saved["params"]}
             for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
         ]
         optimizer.load_state_dict({**state, "param_groups": groups})
@@ -65,6 +79,21 @@ def _check_moments(optimizer: torch.optim.Optimizer) -> None:
         for moment in state.values():
             if torch.is_tensor(moment) and moment.ndim and moment.shape != parameter.shape:
                 raise ValueError
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], largest_norm: float) -> torch.Tensor:
+    """Shorten the gradient to a norm, if it is longer.
+
+    Returns:
+        The norm that it had, a float32 scalar on the device; not finite if the gradient is not.
+    """
+    with_gradient = [p for p in parameters if p.grad is not None]
+    # in float32, since a norm in the dtype of the gradients may be bfloat16's two digits
+    norms = torch._foreach_norm([p.grad for p in with_gradient], 2.0, torch.float32)
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    nn.utils.clip_grads_with_norm_(with_gradient, largest_norm, norm)
+    return norm
 
 
 def learning_rate_factor(

@@ -31,7 +31,7 @@ from glide_finetune.memory import (
     training_state_bytes,
 )
 from glide_finetune.metrics import MetricsLog
-from glide_finetune.optimization import learning_rate_factor, restore_optimizer
+from glide_finetune.optimization import clip_gradients, learning_rate_factor, restore_optimizer
 from glide_finetune.seeds import derived_seed
 from glide_finetune.step_display import StepDisplay
 from glide_finetune.steps import (
@@ -221,9 +221,7 @@ class Trainer:
             self.scaler.scale(losses.loss.sum() / images).backward()
             meter.add(losses, timesteps)
         self.scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.config.max_grad_norm or math.inf
-        )
+        grad_norm = clip_gradients(self.model.parameters(), self.config.max_grad_norm or math.inf)
         metrics = meter.means(grad_norm=grad_norm) | {"lr": learning_rate}
         keys = sample_keys(batches)
         if not self._bad_steps.is_bad(self.progress, metrics["loss"], metrics["grad_norm"], keys):
@@ -353,6 +351,7 @@ class Trainer:
                 "kind": self.config.model_type,
                 "model_options": self.options,
                 "precision": self.config.precision,
+                "low_memory": self.config.low_memory,
                 **self._description_of_loss,
                 "metrics": self._last_metrics,
                 **self.provenance,

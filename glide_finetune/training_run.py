@@ -17,6 +17,7 @@ from glide_finetune import demo
 from glide_finetune.atomic_files import read_json, remove_temporary
 from glide_finetune.checkpoints import CheckpointFiles, files_beside, newest_checkpoint
 from glide_finetune.config import DATA, TRAINING, TrainConfig, recorded
+from glide_finetune.fp16_util import keep_in_bf16
 from glide_finetune.glide_util import load_model, read_image
 from glide_finetune.memory import available_memory, training_state_bytes
 from glide_finetune.metrics import MetricsLog
@@ -145,10 +146,12 @@ def glide_job(config: TrainConfig, origin: "Origin", device: torch.device) -> "J
         model_options=config.options,
         device=device,
     )
+    if config.low_memory:
+        keep_in_bf16(model)
     trainer = Trainer(
         model,
         diffusion,
-        make_optimizer(model, config.learning_rate, config.adam_weight_decay),
+        make_optimizer(model, config.learning_rate, config.adam_weight_decay, config.seed),
         config,
         options=options,
         device=device,

@@ -58,6 +58,7 @@ PUBLISHED_FLAGS = [
 ]
 NEWER_FLAGS = [
     ("precision", "fp32", "bf16", "bf16"),
+    ("low_memory", False, "True", True),
     ("gradient_accumulation_steps", 1, "4", 4),
     ("ema_rate", 0.0, "0.9999", 0.9999),
     ("max_grad_norm", 1.0, "0.5", 0.5),
@@ -370,6 +371,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "--device gpu": ("--device is 'gpu'", "cuda"),
     # what does not go together
     "--freeze_transformer --freeze_diffusion": ("--freeze_transformer", "--freeze_diffusion"),
+    "--low_memory --use_fp16": ("--low_memory", "give --precision bf16 or fp32"),
     "--use_fp16 --precision bf16": ("--use_fp16", "--precision is bf16"),
     "--use_fp16 --precision fp32": ("--use_fp16", "--precision is fp32"),
     "--val_data_dir {}/good --val_fraction 0.1": ("--val_data_dir", "--val_fraction"),

@@ -201,10 +201,19 @@ class TestResuming:
             "--data_dir tars --use_webdataset --batch_size 2 --log_frequency 0",
             "--data_dir data --precision bf16 --lr_schedule cosine --log_frequency 0",
             "--data_dir data --precision fp16 --loss_spike_factor 9 --log_frequency 0",
+            "--data_dir data --low_memory --lr_schedule cosine --log_frequency 2",
             "--data_dir data --train_inpaint --val_fraction 0.2 --eval_interval 1 -freq 2",
             "--data_dir data --train_inpaint --train_upsample --upscale_factor 2 -freq 2",
         ],
-        ids=["upsampler", "shards", "bf16", "fp16", "inpainting", "inpainting_upsampler"],
+        ids=[
+            "upsampler",
+            "shards",
+            "bf16",
+            "fp16",
+            "low_memory",
+            "inpainting",
+            "inpainting_upsampler",
+        ],
     )
     def test_other_kinds_of_run_go_on_bit_for_bit_too(self, place, words, request):
         folder = place / request.node.callspec.id

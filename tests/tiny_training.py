@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from glide_finetune.config import TrainConfig
+from glide_finetune.fp16_util import keep_in_bf16
 from glide_finetune.glide_util import load_model
 from glide_finetune.metrics import MetricsLog
 from glide_finetune.optimization import make_optimizer
@@ -73,10 +74,12 @@ def tiny_trainer(folder: Path, model_type="base", *, load=None, log=None, device
             **settings,
         }
     )
+    if config.low_memory:
+        keep_in_bf16(model)
     return Trainer(
         model,
         diffusion,
-        make_optimizer(model, config.learning_rate, config.adam_weight_decay),
+        make_optimizer(model, config.learning_rate, config.adam_weight_decay, config.seed),
         config,
         options=options,
         device=device,

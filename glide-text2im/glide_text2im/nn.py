@@ -24,9 +24,14 @@ def _autocast_enabled(device_type: str) -> bool:
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
-    """What the running tensor shall be: autocast's dtype where that is on, else the weights'."""
+    """What the running tensor shall be: autocast's dtype where that is on, else the weights'.
+
+    But bfloat16 is only how weights are kept, and float32 what they compute in without autocast.
+    """
     kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if _autocast_enabled(kind) else weight.dtype
+    if _autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return torch.float32 if weight.dtype == torch.bfloat16 else weight.dtype
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:

@@ -135,7 +135,8 @@ class Text2ImUNet(UNet):
 
         dtype = self.dtype
         with without_autocast(tokens.device.type):
-            x = self.token_embedding(tokens) + self.positional_embedding
+            # float32 like the rest of this sum, also where the weights are not
+            x = self.token_embedding(tokens) + self.positional_embedding.float()
             if self.xf_padding:
                 x = torch.where(mask[..., None], x, self.padding_embedding)
             x = self.final_ln(self.transformer(x.to(dtype)))

@@ -268,7 +268,7 @@ class UNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the running tensor: autocast's where that is on, else the weights'."""
+        """The dtype of the running tensor, as `working_dtype` decides it."""
         return working_dtype(self.input_blocks[0][0].weight)
 
     @property
