@@ -7,7 +7,7 @@ probability that is its distance from the bfloat16 number below (Gupta et al. 20
 with Limited Numerical Precision, arXiv:1502.02551).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -78,12 +78,8 @@ class LowMemoryAdamW(torch.optim.Optimizer):
             raise ValueError(f"LowMemoryAdamW moves bfloat16 parameters, but was given {dtypes}")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self) -> None:
         """Move every parameter that has a gradient. The host does not wait for the device."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for number, group in enumerate(self.param_groups):
             by_step: dict[int, list[Tensor]] = {}
             for parameter in group["params"]:
@@ -94,13 +90,12 @@ class LowMemoryAdamW(torch.optim.Optimizer):
                 chunks = list(self._chunks(parameters))
                 for chunk, noise in zip(chunks, _noises(chunks, seed), strict=True):
                     _move(chunk, noise, step=step, **group)
-        return loss
 
     def _count_step(self, parameter: Tensor) -> int:
         """The number of the step that is made now, counted from 1."""
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)  # on the CPU, where it can be read without waiting
+            state["step"] = torch.tensor(0.0, device="cpu")  # where it can be read without waiting
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         state["step"] += 1

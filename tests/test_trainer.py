@@ -314,6 +314,7 @@ def test_a_step_that_does_not_fit_into_memory_says_what_to_lower(tmp_path, monke
         "--gradient_accumulation_steps (now 1)",
         "--activation_checkpointing",
         "--precision bf16",
+        "--low_memory",
     ):
         assert part in text
     assert "\n" not in text

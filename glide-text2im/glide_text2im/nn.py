@@ -49,8 +49,8 @@ _casts: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None = None
 def weights_cast_once() -> Iterator[None]:
     """While open, layers keep the copies of their weights in another dtype from call to call.
 
-    For several passes without gradients, during which no weight changes. The copies take half the
-    memory of float32 weights, and are dropped at the end.
+    For several passes without gradients, during which no weight changes. Copies of half
+    precision take half the memory of float32 weights. They are dropped at the end.
     """
     global _casts
     before, _casts = _casts, {}
