@@ -2,6 +2,7 @@
 
 from glide_finetune import demo
 from glide_finetune.config import TrainConfig
+from glide_finetune.cost_report import report_cost
 from glide_finetune.data_report import report_data
 
 
@@ -10,7 +11,9 @@ def dry_run(config: TrainConfig) -> None:
 
     Raises:
         ValueError, OSError: why training would stop, in one line.
+        OutOfMemory: a step does not fit.
     """
     if config.demo:
         demo.prepare(config)
     report_data(config)
+    report_cost(config)

@@ -26,6 +26,11 @@ class EMA:
         self._live = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._average = {name: p.detach().float().clone() for name, p in self._live.items()}
 
+    @property
+    def nbytes(self) -> int:
+        """What the averages take."""
+        return sum(average.nbytes for average in self._average.values())
+
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the parameters as they are now."""

@@ -27,8 +27,30 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
     Empty where the system does not tell.
     """
-    peak = _process_peak() if device.type != "cuda" else torch.cuda.max_memory_allocated(device)
+    peak = peak_bytes(device)
     return {} if peak is None else {"memory_gb": peak / 1e9}
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The largest memory in use so far, or since `restart_peak`; None if the system does not tell.
+    On a CPU that of the whole process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _process_peak()
+
+
+def restart_peak(device: torch.device) -> None:
+    """Forget the peak so far. Where a system does not allow that, it stays."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # of Linux: see proc(5)
+
+
+def bytes_in_use(device: torch.device) -> int:
+    """Of a card what tensors take, of main memory what this process takes; 0 if nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _of_process("VmRSS") or 0
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -123,11 +145,17 @@ def _advice(
 
 def _process_peak() -> int | None:
     """Bytes of main memory."""
-    status = Path("/proc/self/status")
     # where it is there, since getrusage counts what the process that started this one had in use
-    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return 1024 * int(found[1])
+    if peak := _of_process("VmHWM"):
+        return peak
     if resource is None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _of_process(name: str) -> int | None:
+    """Bytes that Linux tells of this process under `name`, None elsewhere."""
+    status = Path("/proc/self/status")
+    found = status.exists() and re.search(rf"{name}:\s+(\d+) kB", status.read_text())
+    return 1024 * int(found[1]) if found else None

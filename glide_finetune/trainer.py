@@ -160,7 +160,7 @@ class Trainer:
 
     def display(self, loader: Iterable) -> StepDisplay:
         """What shows the steps of this run."""
-        return StepDisplay(self.progress.step, self._count_steps(loader))
+        return StepDisplay(self.progress.step, self.count_steps(loader))
 
     def run_epoch(self, loader: Iterable, display: StepDisplay) -> None:
         """Go through what is left of the current epoch, or until the run is to end.
@@ -181,7 +181,7 @@ class Trainer:
             loader.set_epoch(self.progress.epoch, start_batch=self.progress.batch)
         elif hasattr(getattr(loader, "dataset", None), "set_epoch"):  # torch's DataLoader
             loader.dataset.set_epoch(self.progress.epoch)
-        self._total_steps = self._count_steps(loader)
+        self._total_steps = self.count_steps(loader)
         self.model.train()
         timer = StepTimer(loader)
         groups = groups_of(self.config.gradient_accumulation_steps, timer)
@@ -304,7 +304,7 @@ class Trainer:
             for hook in hooks:
                 hook.remove()
 
-    def _count_steps(self, loader: Iterable) -> int | None:
+    def count_steps(self, loader: Iterable) -> int | None:
         """Optimizer steps of the whole run; None where the data does not tell its length."""
         try:
             per_epoch = math.ceil(len(loader) / self.config.gradient_accumulation_steps)

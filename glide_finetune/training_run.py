@@ -92,14 +92,7 @@ def _run(
         "data": {"description": data.description, "fingerprint": data.fingerprint},
         "settings": settings,
     }
-    if origin.brings_training_state:
-        trainer.restore(origin.checkpoint, new_run=not origin.goes_on)
-        if not origin.goes_on and trainer.reached_end():
-            raise ValueError(
-                f"--max_steps is {config.max_steps}, but {origin.checkpoint.weights} is of step "
-                f"{trainer.progress.step} already: give a higher one, or --weights_only, which "
-                "counts from 0"
-            )
+    go_on(trainer, origin)
 
     # from here on something is written
     trainer.run_folder = run_folder = origin.run_dir or create_run(config.checkpoints_dir)
@@ -158,6 +151,23 @@ def glide_job(config: TrainConfig, origin: "Origin", device: torch.device) -> "J
         validate=data.validation and Validator(data.validation, config, diffusion.num_timesteps),
     )
     return Job(trainer, data, origin, low_res)
+
+
+def go_on(trainer: Trainer, origin: "Origin") -> None:
+    """Take over the training state that `origin` brings, if it brings one.
+
+    Raises:
+        ValueError: it cannot be used, or leaves a new run nothing to do.
+    """
+    if not origin.brings_training_state:
+        return
+    trainer.restore(origin.checkpoint, new_run=not origin.goes_on)
+    if not origin.goes_on and trainer.reached_end():
+        raise ValueError(
+            f"--max_steps is {trainer.config.max_steps}, but {origin.checkpoint.weights} is of "
+            f"step {trainer.progress.step} already: give a higher one, or --weights_only, which "
+            "counts from 0"
+        )
 
 
 def pick_device(name: str) -> torch.device:
