@@ -55,7 +55,8 @@ class TrainConfig:
         help="draw a small captioned set and train a small model on it, in minutes on a CPU")
     dry_run: bool = flag(False, group=START, once=True,
         help="train nothing: print the settings as they come out, then what is wrong with the "
-             "data, and draw some of it into CHECKPOINTS_DIR/dry_run")
+             "data, of which some is drawn into CHECKPOINTS_DIR/dry_run, then what the run will "
+             "cost in memory, time and disk")
 
     data_dir: str = flag("./data", "-data", group=DATA, metavar="DIR",
         help="folder of images with captions beside them; with --use_webdataset a folder of tar "

@@ -50,8 +50,6 @@ def report_cost(config: TrainConfig) -> None:
             f"{gigabytes(room)} are there for it, so none was made. What helps most first: "
             + "; ".join(config.memory_advice)
         )
-    if not (config.resume_ckpt or config.init == "scratch"):
-        print("  with random weights instead of OpenAI's, which cost as much")
     print(
         f"  forecast: a peak of {gigabytes(expected.peak)}; now the first steps are made, and "
         "forgotten, to measure it (Ctrl-C leaves)",
@@ -103,7 +101,7 @@ def _print_time(config: TrainConfig, measured: Measurement) -> None:
     if len(measured.seconds) > 1:
         remark = f"of the second one; the first took {measured.seconds[0]:.3g}"
     else:
-        remark = "of the first one, which is slower and takes less memory than those after it"
+        remark = "of the first one, which also warms up; it was too long for a second"
     _print("seconds a step", f"{seconds:.3g}", remark=remark)
     if measured.total is None:
         _print(

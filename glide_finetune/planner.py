@@ -6,6 +6,7 @@ its attention included, and neither memory nor much time.
 """
 
 import itertools
+import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -35,6 +36,8 @@ from glide_finetune.trainer import Trainer
 from glide_finetune.training_run import find_origin, glide_job, go_on
 from glide_text2im.model_creation import create_model_and_diffusion
 
+logger = logging.getLogger(__name__)
+
 # In main memory tensors take more than their bytes: what is freed below 32 MB leaves holes in the
 # heap of glibc's malloc, which cannot give them back, and oneDNN keeps copies in its own layouts.
 # Measured: about half of what lives at the peak, up to a bound.
@@ -42,7 +45,7 @@ SHARE_OF_HOLES = 0.5
 MOST_HOLES = 500_000_000
 
 MOST_PASSES = 2  # of a measured step; those of gradient accumulation beyond them are alike
-WHOLE_STEPS = 2  # the first one also warms up, and finds no moments in memory
+WHOLE_STEPS = 2  # the first one also warms up
 MOST_STEPS = 20  # with those that fp16 skips until it knows how to scale the losses
 LONG_STEP = 120.0  # seconds; after such a first step no second one is made
 
@@ -126,18 +129,15 @@ def _step_on_paper(config: TrainConfig, device: torch.device) -> tuple[Memory, i
     freeze(model, transformer=config.freeze_transformer, diffusion=config.freeze_diffusion)
     optimizer = make_optimizer(model, config.learning_rate, config.adam_weight_decay)
     ema = EMA(model, config.ema_rate) if config.ema_rate else None
-    for parameter in _trainable(model):
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # makes the moments
+    _make_moments(model, optimizer)
     state = _state(model, optimizer, ema)
-    accumulates = config.gradient_accumulation_steps > 1  # so the gradients are there all the time
-    if not accumulates:
-        optimizer.zero_grad(set_to_none=True)
-
     model.train()
     tokens = torch.zeros(config.batch_size, config.options["text_ctx"], dtype=torch.int64)
     images = torch.zeros(config.batch_size, 3, config.image_height, config.image_width)
     low_res = [torch.zeros(config.batch_size, 3, config.side_y, config.side_x)]
+    accumulates = config.gradient_accumulation_steps > 1  # so the gradients are there all the time
+    if accumulates:
+        _make_gradients(model)
     with LiveMemory() as live:
         with Precision(config.precision, device).autocast():
             losses, _ = batch_losses(
@@ -163,8 +163,20 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def _make_gradients(model: nn.Module) -> None:
+    for parameter in _trainable(model):
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def _make_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """As they are from the second step of a run on."""
+    _make_gradients(model)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> Memory:
-    """The parts that do not depend on the batch, after a step."""
+    """The parts that do not depend on the batch, with the moments that there are."""
     moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
     return Memory(
         weights=_bytes(model.parameters()),
@@ -207,6 +219,8 @@ def measure(config: TrainConfig, device: torch.device) -> Measurement:
     """
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     origin = find_origin(config, interpret_resume(config.resume_ckpt, config.checkpoints_dir))
+    if not origin.checkpoint and config.init == "pretrained":
+        logger.info("  with random weights instead of OpenAI's, which cost as much")
     # any learning rate will do, and the trainer knows a schedule's length only while it trains
     config = replace(config, init="scratch", lr_schedule="constant", warmup_steps=0)
     job = glide_job(config, origin, device)
@@ -219,13 +233,15 @@ def measure(config: TrainConfig, device: torch.device) -> Measurement:
     batches = list(itertools.islice(loader, passes))
     if not batches:
         raise ValueError("the data gave no batch: it is empty or everything was filtered out")
-    before = _state(trainer.model, trainer.optimizer, trainer.ema)
-    there = before.weights + before.moments + before.average
+    state = _state(trainer.model, trainer.optimizer, trainer.ema)
+    there = state.weights + state.moments + state.average
     program = bytes_in_use(device) - there if device.type != "cuda" else 0
-    restart_peak(device)
-    seconds = _time_steps(trainer, batches)
-    peak = peak_bytes(device)
-    memory = _state(trainer.model, trainer.optimizer, trainer.ema)
+    state_bytes = training_state_bytes(trainer.model.parameters(), trainer.ema is not None)
+    with out_of_memory_explained(config, made + 1, state_bytes, device):
+        _make_moments(trainer.model, trainer.optimizer)
+        restart_peak(device)
+        seconds = _time_steps(trainer, batches)
+    peak, memory = peak_bytes(device), _state(trainer.model, trainer.optimizer, trainer.ema)
     if peak is not None:
         beyond = peak - memory.peak
         program = min(program, beyond)  # which had memory to spare if `beyond` is less
@@ -238,16 +254,13 @@ def measure(config: TrainConfig, device: torch.device) -> Measurement:
 
 def _time_steps(trainer: Trainer, batches: list) -> list[float]:
     """The seconds of `WHOLE_STEPS` steps, or of a first one that is long."""
-    state_bytes = training_state_bytes(trainer.model.parameters(), trainer.ema is not None)
     trainer.model.train()
     seconds: list[float] = []
     for _ in range(MOST_STEPS):
-        step, skipped = trainer.progress.step, trainer.progress.skipped_steps
-        started = time.perf_counter()
-        with out_of_memory_explained(trainer.config, step + 1, state_bytes, trainer.device):
-            trainer.train_step(batches)
-            if trainer.device.type == "cuda":
-                torch.cuda.synchronize(trainer.device)
+        skipped, started = trainer.progress.skipped_steps, time.perf_counter()
+        trainer.train_step(batches)
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
         if trainer.progress.skipped_steps == skipped:
             seconds.append(time.perf_counter() - started)
         if len(seconds) == WHOLE_STEPS or (seconds and seconds[0] > LONG_STEP):

@@ -12,6 +12,7 @@ from PIL import Image
 
 import bad_data
 from glide_finetune import data_report
+from glide_finetune import dry_run as dry_run_module
 from glide_finetune.arguments import parse_config
 from glide_finetune.data import survey as survey_module
 from glide_finetune.data.images import to_pil
@@ -30,7 +31,9 @@ SHEET = Path("runs/dry_run/data.png")
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
+    """What the run would cost, which tests/test_planner.py is about, is not told here."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dry_run_module, "report_cost", lambda _: None)
 
 
 def write_sample(name: str, seed: int = 0, size=(40, 30), caption: str | None = "a cat") -> None:
