@@ -170,7 +170,7 @@ def kept_checkpoints(config: TrainConfig, steps: int | None) -> tuple[int, str]:
     if steps is not None:
         written = math.ceil(steps / config.save_checkpoint_interval)
         if not kept or written <= kept:
-            return written, f"{written} checkpoints"
+            return written, f"{written} checkpoint" + "s" * (written != 1)
     elif not kept:
         return 1, f"for one every {config.save_checkpoint_interval} steps, all of which are kept"
     return kept + 1, f"{kept} checkpoints, and one more while it is written"

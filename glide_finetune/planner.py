@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 # heap of glibc's malloc, which cannot give them back, and oneDNN keeps copies in its own layouts.
 # Measured: about half of what lives at the peak, up to a bound.
 SHARE_OF_HOLES = 0.5
-MOST_HOLES = 500_000_000
+MOST_HOLES = 600_000_000
 
 MOST_PASSES = 2  # of a measured step; those of gradient accumulation beyond them are alike
 WHOLE_STEPS = 2  # the first one also warms up
