@@ -138,10 +138,13 @@ def _print_checkpoints(
     Args:
         host: bytes of main memory that are available before there is a model.
     """
-    files = {"weights": memory.weights, "training state": memory.moments}
+    # those that train have as many bytes as their gradients, and are written in float32
+    weights = memory.weights + (memory.gradients if config.low_memory else 0)
+    files = {"weights": weights, "training state": memory.moments}
     if memory.average:
-        files["averaged weights"] = memory.weights
+        files["averaged weights"] = weights
     size = sum(files.values())
+    copied = size - (memory.gradients if config.low_memory else 0)
     parts = ", ".join(f"{name} {gigabytes(count)}" for name, count in files.items())
     _print("a checkpoint", gigabytes(size), remark=parts)
 
@@ -155,8 +158,8 @@ def _print_checkpoints(
     _print("disk", gigabytes(needed), remark=remark)
     _print(
         "copies of a checkpoint",
-        gigabytes(size),
-        remark=_on_copies(config, device, memory, size, host),
+        gigabytes(copied),
+        remark=_on_copies(config, device, memory, copied, host),
     )
 
 

@@ -95,11 +95,11 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         """The number of the step that is made now, counted from 1."""
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0, device="cpu")  # where it can be read without waiting
+            state["step"] = 0
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        return int(state["step"])
+        state["step"] = int(state["step"]) + 1  # a tensor in what torch.optim.AdamW saved
+        return state["step"]
 
     def _chunks(self, parameters: list[Tensor]) -> Iterator[list[Piece]]:
         """All of the parameters; as many rows in each chunk as its size allows, one at least."""

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from glide_finetune.batch_losses import batch_losses
 from glide_finetune.config import TrainConfig
 from glide_finetune.ema import EMA
-from glide_finetune.fp16_util import Precision
+from glide_finetune.fp16_util import Precision, keep_in_bf16
 from glide_finetune.memory import (
     bytes_in_use,
     out_of_memory_explained,
@@ -30,7 +30,7 @@ from glide_finetune.memory import (
     restart_peak,
     training_state_bytes,
 )
-from glide_finetune.optimization import freeze, make_optimizer
+from glide_finetune.optimization import clip_gradients, freeze, make_optimizer
 from glide_finetune.runs import interpret_resume
 from glide_finetune.trainer import Trainer
 from glide_finetune.training_run import find_origin, glide_job, go_on
@@ -127,6 +127,8 @@ def _step_on_paper(config: TrainConfig, device: torch.device) -> tuple[Memory, i
     model, diffusion = create_model_and_diffusion(**config.options)
     model.activation_checkpointing = config.activation_checkpointing
     freeze(model, transformer=config.freeze_transformer, diffusion=config.freeze_diffusion)
+    if config.low_memory:
+        keep_in_bf16(model)
     optimizer = make_optimizer(model, config.learning_rate, config.adam_weight_decay)
     ema = EMA(model, config.ema_rate) if config.ema_rate else None
     _make_moments(model, optimizer)
@@ -152,7 +154,7 @@ def _step_on_paper(config: TrainConfig, device: torch.device) -> tuple[Memory, i
                 loss_weighting=config.loss_weighting,
             )
         losses.loss.sum().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_gradients(model.parameters(), 1.0)
         optimizer.step()
         if ema:
             ema.update()

@@ -50,6 +50,7 @@ VARIANTS = [
     f"{LARGE} --gradient_accumulation_steps 2 --ema_rate 0.9",
     f"{LARGE} --freeze_transformer --ema_rate 0.9",
     f"{LARGE} --freeze_diffusion",
+    f"{LARGE} --low_memory --ema_rate 0.9 --freeze_transformer",
 ]
 
 
@@ -68,12 +69,15 @@ def test_the_forecast_is_what_the_tensors_of_a_second_step_take(words, monkeypat
         trainer.train_step(batches)
 
     parameters = list(trainer.model.parameters())
-    trained = sum(4 * p.numel() for p in parameters if p.requires_grad)
-    assert expected.weights == sum(4 * p.numel() for p in parameters)
+    trained = sum(p.nbytes for p in parameters if p.requires_grad)
+    assert expected.weights == sum(p.nbytes for p in parameters)
     assert expected.gradients == trained
     states = trainer.optimizer.state.values()
-    assert expected.moments == sum(value.nbytes for state in states for value in state.values())
-    assert expected.average == (trained if config.ema_rate else 0)
+    moments = [value for state in states for value in state.values() if torch.is_tensor(value)]
+    assert expected.moments == sum(moment.nbytes for moment in moments)
+    count = sum(p.numel() for p in parameters if p.requires_grad)
+    assert trained == (2 if config.low_memory else 4) * count
+    assert expected.average == (4 * count if config.ema_rate else 0)
     assert expected.gradients + expected.activations == pytest.approx(live.peak, rel=0.01)
     assert live.peak > 1.1 * trained  # so there is something to forecast
 
@@ -180,8 +184,9 @@ def test_the_disk_holds_the_checkpoints_that_are_kept_and_the_one_being_written(
     assert kept_checkpoints(settings(words), steps)[0] == count
 
 
-def test_a_checkpoint_on_disk_is_as_large_as_told(capsys):
-    words = "--ema_rate 0.9 --freeze_transformer --max_steps 1 --log_frequency 0"
+@pytest.mark.parametrize("low_memory", ["", "--low_memory"])
+def test_a_checkpoint_on_disk_is_as_large_as_told(capsys, low_memory):
+    words = f"--ema_rate 0.9 --freeze_transformer --max_steps 1 --log_frequency 0 {low_memory}"
     assert main([*TINY, *words.split()]) == 0
     files = {path.name: path.stat().st_size for path in Path("runs/0000").glob("*.pt")}
     report_cost(settings(words))
