@@ -2,7 +2,7 @@
 
     uv run python benchmarks/training_step.py                          # base, batch 4
     uv run python benchmarks/training_step.py --kind upsample --batch_size 1
-    uv run python benchmarks/training_step.py --preset small --ways naive fp32 compiled
+    uv run python benchmarks/training_step.py --preset small --ways naive fp32-compiled
 
 Full-size models take seconds to half a minute a step on a CPU. The model has random weights, and
 none that are zero, so that all gradients are worth computing; images and captions are random. The
@@ -20,6 +20,7 @@ from side_by_side import Measured, compare, repeated
 
 from glide_finetune.batch_losses import batch_losses
 from glide_finetune.config import TrainConfig
+from glide_finetune.fp16_util import keep_in_bf16
 from glide_finetune.glide_util import load_model
 from glide_finetune.model_options import MODEL_PRESETS
 from glide_finetune.optimization import make_optimizer
@@ -30,6 +31,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "naive": {"naive": True},
     "fp32": {},
     "bf16": {"precision": "bf16"},
+    "fp32-compiled": {"compile": True},
+    "bf16-compiled": {"precision": "bf16", "compile": True},
+    "bf16-low-memory": {"precision": "bf16", "low_memory": True},
     "fp32-checkpointing": {"activation_checkpointing": True},
     "bf16-checkpointing": {"precision": "bf16", "activation_checkpointing": True},
 }
@@ -41,7 +45,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=MODEL_PRESETS, default="glide", help="size")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--device", default="", help="(default: the best there is)")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["naive", "fp32", "bf16"])
     parser.add_argument("--steps", type=int, default=3, help="in each process, after the first")
     parser.add_argument("--rounds", type=int, default=1, help="processes of each way")
     args = parser.parse_args()
@@ -76,6 +80,8 @@ def measure(
         device=device,
     )
     fill_zeros(model)
+    if config.low_memory:
+        keep_in_bf16(model)
     batch = random_batch(config)
     if naive:
         make_naive(model).train()

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from glide_finetune.inpaint_masks import random_masks
 from glide_finetune.losses import TrainingLosses, quartile_sums, training_losses
 from glide_text2im.gaussian_diffusion import GaussianDiffusion
-from glide_text2im.text2im_model import InpaintText2ImUNet, SuperResInpaintText2ImUnet
 
 
 def batch_losses(
@@ -49,7 +48,7 @@ def batch_losses(
     conditions = {"tokens": tokens, "mask": mask}
     if low_res:
         conditions["low_res"] = low_res[0]
-    if inpaint_mask is None and isinstance(model, InpaintText2ImUNet | SuperResInpaintText2ImUnet):
+    if inpaint_mask is None and model.inpaints:
         inpaint_mask = random_masks(len(images), *images.shape[2:])
     if inpaint_mask is not None:
         conditions |= {"inpaint_image": images, "inpaint_mask": inpaint_mask.to(device)}

@@ -167,6 +167,9 @@ class TrainConfig:
     use_fp16: bool = flag(False, "-fp16", group=MEMORY, help="the same as --precision fp16")
     activation_checkpointing: bool = flag(False, "-grad_ckpt", group=MEMORY,
         help="compute activations again in the backward pass instead of keeping them")
+    compile: bool = flag(False, group=MEMORY,
+        help="compile the training step, which takes minutes at the start; results differ only by "
+             "rounding")
     device: str = flag("", "-dev", group=MEMORY, metavar="NAME",
         help="cpu, cuda, cuda:1 … (default: the best there is)")
     cudnn_benchmark: bool = flag(False, "-cudnn", group=MEMORY,

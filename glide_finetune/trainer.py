@@ -104,6 +104,9 @@ class Trainer:
         losses: BatchLosses | None = None,
     ) -> None:
         self.model = model
+        # Samples and validation use the model as it is: their batches have other shapes, for each
+        # of which it would have to be compiled again.
+        self._network = torch.compile(model, dynamic=False) if config.compile else model
         self.diffusion = diffusion
         self.optimizer = optimizer
         self.config = config
@@ -217,7 +220,7 @@ class Trainer:
                 derived_seed(self.config.seed, "step", self.progress.step, index), self.device
             )
             with self.precision.autocast():
-                losses, timesteps = self._losses(self.model, self.diffusion, batch, self.device)
+                losses, timesteps = self._losses(self._network, self.diffusion, batch, self.device)
             self.scaler.scale(losses.loss.sum() / images).backward()
             meter.add(losses, timesteps)
         self.scaler.unscale_(self.optimizer)

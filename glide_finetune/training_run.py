@@ -122,6 +122,8 @@ def _run(
 
 def glide_job(config: TrainConfig, origin: "Origin", device: torch.device) -> "Job":
     """The training of a GLIDE network."""
+    if config.compile:
+        check_compiler(device)
     checkpoint = origin.checkpoint
     # first the data, since mistakes in it should not have to wait for a download
     data = make_training_data(config, device)
@@ -190,6 +192,18 @@ def pick_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: it is not available here; give another one")
     return device
+
+
+def check_compiler(device: torch.device) -> None:
+    """ValueError unless torch can compile for the device, tried with the smallest of functions."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except RuntimeError as error:  # of many kinds, for want of a compiler or of Triton
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--compile: torch cannot compile for {device.type} here ({reason}); install a C++ "
+            "compiler such as g++, or leave the flag out"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class Text2ImUNet(UNet):
     """
 
     image_channels = 3  # of the first convolution's input
+    inpaints = False  # whether it takes known pixels and their mask
 
     def __init__(
         self,
@@ -202,6 +203,7 @@ class InpaintText2ImUNet(Text2ImUNet):
     """
 
     image_channels = 7
+    inpaints = True
 
     def forward(
         self,
@@ -220,6 +222,7 @@ class SuperResInpaintText2ImUnet(Text2ImUNet):
     """The inpainting upsampler: sees what its two relatives see."""
 
     image_channels = 10
+    inpaints = True
 
     def forward(
         self,
