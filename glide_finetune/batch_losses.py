@@ -48,7 +48,7 @@ def batch_losses(
     conditions = {"tokens": tokens, "mask": mask}
     if low_res:
         conditions["low_res"] = low_res[0]
-    if inpaint_mask is None and model.inpaints:
+    if inpaint_mask is None and getattr(model, "inpaints", False):
         inpaint_mask = random_masks(len(images), *images.shape[2:])
     if inpaint_mask is not None:
         conditions |= {"inpaint_image": images, "inpaint_mask": inpaint_mask.to(device)}

@@ -354,7 +354,6 @@ class Trainer:
                 "kind": self.config.model_type,
                 "model_options": self.options,
                 "precision": self.config.precision,
-                "low_memory": self.config.low_memory,
                 **self._description_of_loss,
                 "metrics": self._last_metrics,
                 **self.provenance,

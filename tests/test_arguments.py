@@ -59,6 +59,7 @@ PUBLISHED_FLAGS = [
 NEWER_FLAGS = [
     ("precision", "fp32", "bf16", "bf16"),
     ("low_memory", False, "True", True),
+    ("compile", False, "True", True),
     ("gradient_accumulation_steps", 1, "4", 4),
     ("ema_rate", 0.0, "0.9999", 0.9999),
     ("max_grad_norm", 1.0, "0.5", 0.5),
