@@ -19,6 +19,7 @@ from glide_finetune.model_options import MODEL_PRESETS, training_options, type_o
 DATASET_NAMES = ("laion", "alamy", "generic")
 PRECISIONS = ("fp32", "bf16", "fp16")
 LOSS_WEIGHTINGS = ("none", "min_snr", "soft_min_snr")
+SAMPLER_NAMES = ("ddpm", "ddim", "plms", "prk", "euler", "euler_a", "dpm++2m", "dpm++2m_sde")
 
 START = "how to start"
 DATA = "data"
@@ -184,6 +185,9 @@ class TrainConfig:
     test_batch_size: int = flag(1, "-tbs", group=REPORTS, metavar="N", help="samples a caption")
     test_guidance_scale: float = flag(4.0, "-tgs", group=REPORTS, metavar="SCALE",
         help="classifier-free guidance of the samples, 1 for none")
+    test_sampler: str = flag("", group=REPORTS, choices=SAMPLER_NAMES, metavar="NAME",
+        help=f"how the samples are drawn: {', '.join(SAMPLER_NAMES)} (default: dpm++2m; ddim with "
+             "--train_upsample)")
     image_to_upsample: str = flag("", "-lowres", group=REPORTS, metavar="FILE",
         help="low-resolution image for the upsampler's samples "
              "(default: a training image that is held back)")

@@ -50,8 +50,8 @@ def check_choices(config: Any) -> None:
     """ConfigError if a setting with choices, of a dataclass made by `flag`, is none of them."""
     for field in dataclasses.fields(config):
         value, choices = getattr(config, field.name), field.metadata["extra"].get("choices")
-        if choices and value not in choices:
-            known = ", ".join(filter(None, choices))
+        if choices and value not in (field.default, *choices):
+            known = ", ".join(choices)
             raise ConfigError(f"--{field.name} is {value!r}; give one of {known}")
 
 

@@ -2,7 +2,7 @@
 
 python -m glide_finetune.generate --prompt "a red fox" --base glide_checkpoints/0000
 python -m glide_finetune.generate --prompt "a red fox" --upsampler released --num_images 4
-python -m glide_finetune.generate --prompt_file prompts.txt --sampler dpm++2m_sde --steps 50
+python -m glide_finetune.generate --prompt_file prompts.txt --sampler ddim --steps 50
 python -m glide_finetune.generate --prompt "a hat" --inpaint_image me.png --inpaint_mask mask.png
 python -m glide_finetune.generate --again generated/00003.png      # the same picture once more
 """

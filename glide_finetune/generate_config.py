@@ -13,7 +13,14 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from glide_finetune.config import PRECISIONS, ConfigError, check_saved, flag, read_lines
+from glide_finetune.config import (
+    PRECISIONS,
+    SAMPLER_NAMES,
+    ConfigError,
+    check_saved,
+    flag,
+    read_lines,
+)
 from glide_finetune.config_checks import (
     Range,
     check_choices,
@@ -25,7 +32,6 @@ from glide_finetune.model_options import described_model, released_options
 from glide_finetune.runs import ARGS_NAME, read_args
 from glide_text2im.timesteps import space_timesteps
 
-SAMPLER_NAMES = ("ddpm", "ddim", "plms", "prk", "euler", "euler_a", "dpm++2m", "dpm++2m_sde")
 RELEASED = "released"  # in place of a path: OpenAI's weights
 CLIP_FILES = ("clip_image_enc.pt", "clip_text_enc.pt")
 CLIP_CONFIG = "config.yaml"  # of the network's size, beside the encoders where it is another one
@@ -65,7 +71,7 @@ class GenerateConfig:
              f"checkpoint in it, a folder with {CLIP_FILES[0]} and {CLIP_FILES[1]}, or these two "
              "files, or released")
 
-    sampler: str = flag("dpm++2m", "-sampler", group=BASE, choices=SAMPLER_NAMES,
+    sampler: str = flag("dpm++2m_sde", "-sampler", group=BASE, choices=SAMPLER_NAMES,
         help="how to draw, see docs/samplers.md")
     steps: str = flag("30", "-steps", group=BASE, metavar="N",
         help="timesteps of a picture, or a respacing such as fast27, ddim50 or 10,10,3,2,2")

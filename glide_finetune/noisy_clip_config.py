@@ -124,7 +124,7 @@ _NOT_OF_CLIP = (
     "demo", "use_captions", "uncond_p", "side_x", "side_y", "train_upsample", "train_inpaint",
     "upscale_factor", "vlb_weight", "loss_weighting", "freeze_transformer", "freeze_diffusion",
     "use_fp16", "activation_checkpointing", "low_memory", "compile", "log_frequency", "test_prompt",
-    "prompt_file", "test_batch_size", "test_guidance_scale", "image_to_upsample",
+    "prompt_file", "test_batch_size", "test_guidance_scale", "test_sampler", "image_to_upsample",
 )  # fmt: skip
 SETTINGS = {field.name: field for field in dataclasses.fields(ClipConfig)}
 FIELDS = {name: field for name, field in SETTINGS.items() if name not in _NOT_OF_CLIP}

@@ -102,7 +102,7 @@ class SampleDrawer:
         self.example = example
         self.respacing = respacing or ("fast27" if config.train_upsample else "25")
         # What is nearest to what the weights say in so few steps (docs/samplers.md).
-        self.sampler = "ddim" if config.train_upsample else "dpm++2m"
+        self.sampler = config.test_sampler or ("ddim" if config.train_upsample else "dpm++2m")
         self.prompts = read_prompts(config)
 
     def __call__(self, trainer: "Trainer") -> Path:
@@ -168,5 +168,6 @@ class SampleDrawer:
             sampler=self.sampler,
             seeds=[derived_seed(self.config.seed, "samples", n) for n in range(len(captions))],
             pictures_a_pass=PICTURES_A_PASS,
+            learned_variance=self.config.vlb_weight > 0,
             **known,
         )

@@ -81,6 +81,7 @@ NEWER_FLAGS = [
     ("val_fraction", 0.0, "0.1", 0.1),
     ("eval_interval", 500, "20", 20),
     ("loss_weighting", "none", "soft_min_snr", "soft_min_snr"),
+    ("test_sampler", "", "dpm++2m_sde", "dpm++2m_sde"),
     ("prompt_file", "", "prompts.txt", "prompts.txt"),
     ("vlb_weight", 0.001, "0", 0.0),
     ("loss_spike_factor", 0.0, "4", 4.0),

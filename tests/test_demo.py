@@ -76,8 +76,8 @@ def test_the_demo_learns_the_colours_and_shapes_of_its_captions(tmp_path):
         prompts,
         batch_size=4,
         guidance_scale=settings["test_guidance_scale"],
-        prediction_respacing="50",
-        sampler="ddpm",
+        prediction_respacing="25",
+        sampler=settings["test_sampler"],
     )
     seen = [judge(images.to_pil(picture)) for picture in pictures]
     wanted = [prompt.split() for prompt in prompts for _ in range(4)]

@@ -13,9 +13,10 @@ from PIL import Image
 
 from glide_finetune import generation
 from glide_finetune.checkpoints import save_checkpoint
+from glide_finetune.config import SAMPLER_NAMES
 from glide_finetune.data import images
 from glide_finetune.generate import main, parse_config
-from glide_finetune.generate_config import FIELDS, RANGES, SAMPLER_NAMES, GenerateConfig
+from glide_finetune.generate_config import FIELDS, RANGES, GenerateConfig
 from glide_finetune.generation import Painter, generate, write_numbered
 from glide_finetune.runs import write_args
 from glide_finetune.samplers import SAMPLERS

@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 
 from glide_finetune import samples
+from glide_finetune.data import images
+from glide_finetune.glide_util import sample
 from glide_finetune.samples import MOST_LABEL_LINES, PADDING, SampleDrawer, labelled_grid
+from glide_finetune.seeds import derived_seed
 from tiny_training import SIDE, assert_same_weights, tiny_batch, tiny_trainer, weights_of
 
 LONG = "a very long caption " * 20
@@ -96,6 +99,30 @@ def test_many_prompts_are_drawn_in_passes_of_limited_size(tmp_path, monkeypatch)
     _, pictures, labels, _ = trainer.log.log_images.call_args.args
     assert labels == ["a cat"] * 4 + ["a dog"] * 4
     assert len({picture.tobytes() for picture in pictures}) == 8  # no pass repeats another's noise
+
+
+@pytest.mark.parametrize(
+    ("settings", "used"),
+    [
+        ({}, {"sampler": "dpm++2m"}),
+        ({"test_sampler": "dpm++2m_sde"}, {"sampler": "dpm++2m_sde"}),
+        ({"test_sampler": "ddpm"}, {"sampler": "ddpm", "learned_variance": True}),
+        # whatever its description says, nothing trains the variance from now on
+        (
+            {"test_sampler": "ddpm", "vlb_weight": 0.0},
+            {"sampler": "ddpm", "learned_variance": False},
+        ),
+    ],
+)
+def test_the_sampler_can_be_chosen(tmp_path, settings, used):
+    trainer = tiny_trainer(tmp_path, test_prompt="a cat", log=mock.Mock(), **settings)
+    drawer(trainer, tmp_path)(trainer)
+    (drawn,) = trainer.log.log_images.call_args.args[1]
+    seeds = [derived_seed(trainer.config.seed, "samples", 0)]
+    trainer.model.eval()
+    keywords = {"guidance_scale": 4.0, "prediction_respacing": "6", "seeds": seeds, **used}
+    (wanted,) = sample(trainer.model, trainer.options, SIDE, SIDE, "a cat", 1, **keywords)
+    assert drawn.tobytes() == images.to_pil(wanted).tobytes()
 
 
 def test_samples_come_from_the_averaged_weights(tmp_path):
