@@ -12,6 +12,7 @@ step, which compiles, finds memory and chooses kernels.
 """
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,16 +56,20 @@ def main() -> None:
     )  # fmt: skip
 
 
-def measure(
+def measure(steps: int, device: torch.device, **what: Any) -> Measured:
+    """Of so many steps; `what` is for `prepare_step`."""
+    return repeated(prepare_step(device=device, **what), steps, device)
+
+
+def prepare_step(
     kind: str,
     preset: str,
     batch_size: int,
     device: torch.device,
-    steps: int,
     naive: bool = False,
     **settings: Any,
-) -> Measured:
-    """Of so many steps; `settings` are those of `TrainConfig`."""
+) -> Callable[[], object]:
+    """A function that makes one step; `settings` are those of `TrainConfig`."""
     config = TrainConfig(
         train_upsample=kind == "upsample",
         model_preset=preset,
@@ -80,11 +85,10 @@ def measure(
         device=device,
     )
     fill_zeros(model)
-    if config.low_memory:
-        keep_in_bf16(model)
+    model.train()
     batch = random_batch(config)
     if naive:
-        make_naive(model).train()
+        make_naive(model)
         optimizer = naive_optimizer(model, config.learning_rate)
 
         def step() -> None:
@@ -93,11 +97,12 @@ def measure(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        return repeated(step, steps, device)
+        return step
+    if config.low_memory:
+        keep_in_bf16(model)
     optimizer = make_optimizer(model, config.learning_rate, config.adam_weight_decay)
     trainer = Trainer(model, diffusion, optimizer, config, options=options, device=device)
-    model.train()
-    return repeated(lambda: trainer.train_step([batch]), steps, device)
+    return lambda: trainer.train_step([batch])
 
 
 def fill_zeros(model: torch.nn.Module) -> None:

@@ -8,17 +8,30 @@ from glide_finetune.batch_losses import batch_losses
 from glide_finetune.fp16_util import Precision
 from tiny_training import tiny_batch, tiny_model, tiny_trainer
 
-CPU = torch.device("cpu")
+on_every_device = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.cuda,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+            ],
+        ),
+    ],
+)
 
 
-def gradients(network, diffusion, precision):
+def gradients(network, diffusion, precision, device):
     """Of a fixed loss, all of them in a row."""
     network.zero_grad()
     batch = tiny_batch(4)
     noise = torch.randn(batch[-1].shape, generator=torch.Generator().manual_seed(0))
-    with Precision(precision, CPU).autocast():
+    timesteps = torch.tensor([3, 250, 600, 990])
+    with Precision(precision, torch.device(device)).autocast():
         losses, _ = batch_losses(
-            network, diffusion, batch, CPU, timesteps=torch.tensor([3, 250, 600, 990]), noise=noise
+            network, diffusion, batch, device, timesteps=timesteps, noise=noise
         )
     losses.loss.mean().backward()
     return torch.cat([p.grad.flatten() for p in network.parameters()])
@@ -29,26 +42,39 @@ def distance(got, want):
 
 
 @pytest.mark.slow
+@on_every_device
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_gradients_are_as_near_to_float32_as_those_of_the_model_itself(checkpointing):
+def test_compiled_gradients_are_as_near_to_float32_as_those_of_the_model_itself(
+    checkpointing, device, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model, diffusion, _ = tiny_model(
-        options={"dropout": 0.0}, activation_checkpointing=checkpointing
+        options={"dropout": 0.0}, activation_checkpointing=checkpointing, device=device
     )
     model.train()
     compiled = torch.compile(model, dynamic=False)
-    exact = gradients(model, diffusion, "fp32")
-    assert distance(gradients(compiled, diffusion, "fp32"), exact) < 1e-4
-    noise = distance(gradients(model, diffusion, "bf16"), exact)
+
+    def gradients_of(network, precision):
+        return gradients(network, diffusion, precision, device)
+
+    exact = gradients_of(model, "fp32")
+    assert distance(gradients_of(compiled, "fp32"), exact) < 1e-4
+    noise = distance(gradients_of(model, "bf16"), exact)
     assert 1e-4 < noise < 0.1
-    assert distance(gradients(compiled, diffusion, "bf16"), exact) < 1.2 * noise
+    assert distance(gradients_of(compiled, "bf16"), exact) < 1.2 * noise
 
 
 @pytest.mark.slow
+@on_every_device
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_300_compiled_steps_end_at_the_same_loss(tmp_path, precision):
+def test_300_compiled_steps_end_at_the_same_loss(tmp_path, precision, device):
     def last_losses(**settings):
         trainer = tiny_trainer(
-            tmp_path, precision=precision, load={"options": {"dropout": 0.0}}, **settings
+            tmp_path,
+            device=device,
+            precision=precision,
+            load={"options": {"dropout": 0.0}},
+            **settings,
         )
         trainer.model.train()
         losses = [trainer.train_step([tiny_batch(8, seed=n)])["loss"] for n in range(300)]

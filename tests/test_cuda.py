@@ -78,3 +78,36 @@ def test_samples_come_out_on_the_gpu():
     assert pictures.device.type == "cuda"
     assert pictures.shape == (2, 3, SIDE, SIDE)
     assert pictures.isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_step_uses_flash_attention_channels_last_and_a_fused_optimizer(tmp_path, precision):
+    trainer = tiny_trainer(tmp_path, device="cuda", precision=precision)
+    assert trainer.optimizer.param_groups[0]["fused"] is True
+    inputs = []
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        trainer.train_step([tiny_batch(4)])
+    assert len(inputs) > 10
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
+    attention = {
+        event.key for event in profiler.key_averages() if "scaled_dot_product" in event.key
+    } - {"aten::scaled_dot_product_attention"}
+    assert attention
+    assert all("flash" in name or "cudnn" in name for name in attention), attention
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_with_low_memory_learns(tmp_path, precision):
+    trainer = tiny_trainer(
+        tmp_path, device="cuda", precision=precision, low_memory=True, load={"options": NO_DROPOUT}
+    )
+    losses = [trainer.train_step([tiny_batch(8, seed=n)])["loss"] for n in range(100)]
+    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
+    kept = [*trainer.model.parameters()]
+    for state in trainer.optimizer.state.values():
+        kept += [state["exp_avg"], state["exp_avg_sq"]]
+    assert {tensor.dtype for tensor in kept} == {torch.bfloat16}
+    assert {tensor.device.type for tensor in kept} == {"cuda"}
