@@ -20,7 +20,7 @@ STEPS = 1300
 
 
 def fast_precision() -> str:
-    """bf16 where the processor computes in it; elsewhere that would be many times slower."""
+    """bf16 where the processor has instructions for it; elsewhere it would not be faster."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:  # not on Linux

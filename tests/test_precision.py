@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from glide_finetune.fp16_util import Precision
 from glide_finetune.glide_util import sample, sampling_mode
+from glide_text2im import nn
 from tiny_training import (
     SIDE,
     assert_same_weights,
@@ -132,7 +133,8 @@ class CastsOfWeights(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_sampling_casts_each_weight_once_however_many_passes_it_makes():
+def test_sampling_casts_each_weight_once_however_many_passes_it_makes(monkeypatch):
+    monkeypatch.setattr(nn, "SLOW_ON_CPU", set())
     model, _, _ = tiny_model()
     tokens, mask, images = tiny_batch(2)
     passes, counts = [], []
@@ -157,3 +159,42 @@ def test_weights_changed_between_two_samplings_count():
             for parameter in model.parameters():
                 parameter.mul_(1.1)
     assert not torch.equal(*passes)
+
+
+# ------------------------------------------------------- CPUs without instructions for half of it
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16])
+def half(request, monkeypatch):
+    """A dtype for which the CPU has no instructions."""
+    monkeypatch.setattr(nn, "SLOW_ON_CPU", {request.param})
+    return request.param
+
+
+LAYERS = {
+    "conv": (lambda: nn.Conv2d(4, 8, 3), (2, 4, 5, 5)),
+    "linear": (lambda: nn.Linear(4, 8), (2, 4)),
+    "pointwise": (lambda: nn.PointwiseConv1d(4, 8), (2, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_such_a_cpu_multiplies_in_float32_and_rounds(half, layer, autocast):
+    torch.manual_seed(0)
+    make, shape = LAYERS[layer]
+    module = make()
+    x = torch.randn(shape).to(half)
+    with torch.no_grad():
+        want = module(x.float()).to(half)
+        with torch.autocast("cpu", half, enabled=autocast):
+            got = module(x.float() if autocast else x)
+    assert torch.equal(got, want)
+    assert got.dtype == half
+
+
+def test_attention_on_such_a_cpu_is_rounded_once(half):
+    torch.manual_seed(0)
+    parts = [torch.randn(2, 3, 5, 8).to(half) for _ in range(3)]
+    want = torch.nn.functional.scaled_dot_product_attention(*(part.float() for part in parts))
+    assert torch.equal(nn.attention(*parts), want.to(half))

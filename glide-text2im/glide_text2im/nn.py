@@ -1,15 +1,16 @@
 """Building blocks that both networks share, and the one place that decides on precision.
 
-The rule: every layer computes in the dtype of its input, and its parameters follow. The GLIDE
-networks choose the dtype of their running tensor once (`working_dtype`), switch autocast off inside
-(`without_autocast`), and keep float32 where digits matter: the time embedding and its maps into
-the residual blocks, and the output layers. Norms, their gains and offsets included, and the softmax
+The rule: every layer computes in the dtype of its input, and its parameters follow; only CPUs
+without instructions for that dtype multiply in float32 (`multiply`). The GLIDE networks choose
+the dtype of their running tensor once (`working_dtype`), switch autocast off inside
+(`without_autocast`), and keep float32 where digits matter: the time embedding and its maps into the
+residual blocks, and the output layers. Norms, their gains and offsets included, and the softmax
 with its scores are float32 inside, whatever the dtype of their input, on every device.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -70,9 +71,36 @@ def cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return _casts[key][1]
 
 
+def _slow_on_this_cpu() -> set[torch.dtype]:
+    """The dtypes for whose products torch does not find instructions in the CPU."""
+    found = {torch.bfloat16: False, torch.float16: False}
+    if torch.backends.mkldnn.is_available():
+        found[torch.bfloat16] = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        found[torch.float16] = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return {dtype for dtype, is_supported in found.items() if not is_supported}
+
+
+SLOW_ON_CPU = _slow_on_this_cpu()
+
+
+def multiply(product: Callable[..., Tensor], x: Tensor, *parameters: Tensor | None) -> Tensor:
+    """product(x, *parameters), all of them in the dtype of x, or of autocast where that is on.
+
+    On a CPU without instructions for that dtype, which would take ten times as long, they are
+    multiplied in float32 and the product is rounded.
+    """
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if _autocast_enabled(kind) else x.dtype
+    if kind != "cpu" or dtype not in SLOW_ON_CPU:
+        return product(x, *(p if p is None else cast(p, x.dtype) for p in parameters))
+    widened = (p if p is None else cast(p, torch.float32) for p in parameters)
+    with without_autocast(kind):
+        return product(x.float(), *widened).to(dtype)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """An affine map of the last axis in the dtype of x."""
-    return F.linear(x, cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype))
+    return multiply(F.linear, x, weight, bias)
 
 
 def layer_norm(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
@@ -103,7 +131,7 @@ class Conv2d(nn.Conv2d):
     """A two-dimensional convolution that computes in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, cast(self.weight, x.dtype), cast(self.bias, x.dtype))
+        return multiply(self._conv_forward, x, self.weight, self.bias)
 
 
 class PointwiseConv1d(nn.Conv1d):
@@ -116,8 +144,11 @@ class PointwiseConv1d(nn.Conv1d):
         super().__init__(in_channels, out_channels, kernel_size=1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        weight = cast(self.weight, tokens.dtype)
-        return linear(tokens, weight.squeeze(2), self.bias)
+        return multiply(self._product, tokens, self.weight, self.bias)
+
+    @staticmethod
+    def _product(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(tokens, weight.squeeze(2), bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -130,6 +161,10 @@ class LayerNorm(nn.LayerNorm):
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax attention over (batch, heads, positions, channels of a head), scores scaled by
     1/sqrt(channels). Scores and softmax are float32, whatever the dtype of the arguments."""
+    if query.device.type == "cpu" and query.dtype in SLOW_ON_CPU:
+        with without_autocast("cpu"):
+            parts = (part.float() for part in (query, key, value))
+            return F.scaled_dot_product_attention(*parts).to(query.dtype)
     if (
         query.device.type == "cpu"
         and query.dtype == torch.bfloat16
