@@ -7,6 +7,7 @@ its attention included, and neither memory nor much time.
 
 import itertools
 import logging
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -47,7 +48,7 @@ MOST_HOLES = 600_000_000
 MOST_PASSES = 2  # of a measured step; those of gradient accumulation beyond them are alike
 WHOLE_STEPS = 2  # the first one also warms up
 MOST_STEPS = 20  # with those that fp16 skips until it knows how to scale the losses
-LONG_STEP = 120.0  # seconds; after such a first step no second one is made
+LONG_STEP = 120.0  # seconds; after such a first step, unless it compiled, no second one is made
 
 
 @dataclass(frozen=True)
@@ -256,6 +257,7 @@ def measure(config: TrainConfig, device: torch.device) -> Measurement:
 
 def _time_steps(trainer: Trainer, batches: list) -> list[float]:
     """The seconds of `WHOLE_STEPS` steps, or of a first one that is long."""
+    longest_first = math.inf if trainer.config.compile else LONG_STEP
     trainer.model.train()
     seconds: list[float] = []
     for _ in range(MOST_STEPS):
@@ -265,6 +267,6 @@ def _time_steps(trainer: Trainer, batches: list) -> list[float]:
             torch.cuda.synchronize(trainer.device)
         if trainer.progress.skipped_steps == skipped:
             seconds.append(time.perf_counter() - started)
-        if len(seconds) == WHOLE_STEPS or (seconds and seconds[0] > LONG_STEP):
+        if len(seconds) == WHOLE_STEPS or (seconds and seconds[0] > longest_first):
             break
     return seconds

@@ -135,6 +135,13 @@ def test_after_a_long_first_step_no_second_one_is_made(monkeypatch, capsys):
     assert "of the first one" in report(capsys.readouterr().out)["seconds a step"]
 
 
+def test_a_first_step_that_compiled_is_not_taken_for_the_others(monkeypatch, capsys):
+    monkeypatch.setattr(planner, "LONG_STEP", 0.0)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # takes minutes
+    report_cost(settings("--compile"))
+    assert "of the second one" in report(capsys.readouterr().out)["seconds a step"]
+
+
 def without_steps(monkeypatch, measured: Measurement, config) -> None:
     """Report the cost as if these steps had been made."""
     monkeypatch.setattr(cost_report, "measure", lambda *_: measured)
