@@ -10,10 +10,13 @@ dtype that it computes in, which without autocast is float32.
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from glide_text2im.nn import without_autocast
 
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,6 +39,27 @@ class Precision:
         if dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=dtype)
+
+    def compiled(self, model: nn.Module, backend: str = "inductor") -> Callable[..., torch.Tensor]:
+        """The model compiled for batches of one shape, with the context for forward passes in it.
+
+        torch compiles the backward pass under the autocast that is on around a compiled function,
+        whatever is switched off inside. It is on inside alone, so that layers which the model
+        keeps in float32 have gradients in float32, as without compiling.
+        """
+
+        def forward(*args: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
+            with self.autocast():
+                return model(*args, **conditions)
+
+        compiled = torch.compile(forward, dynamic=False, backend=backend)
+
+        def network(*args: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
+            with without_autocast(self.device.type):
+                return compiled(*args, **conditions)
+
+        network.inpaints = model.inpaints  # which the loss looks at
+        return network
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """A loss scaler, which passes everything through unless the precision is fp16."""

@@ -104,9 +104,6 @@ class Trainer:
         losses: BatchLosses | None = None,
     ) -> None:
         self.model = model
-        # Samples and validation use the model as it is: their batches have other shapes, for each
-        # of which it would have to be compiled again.
-        self._network = torch.compile(model, dynamic=False) if config.compile else model
         self.diffusion = diffusion
         self.optimizer = optimizer
         self.config = config
@@ -117,6 +114,9 @@ class Trainer:
         self.draw_samples = draw_samples
         self.provenance = provenance or {}
         self.precision = Precision(config.precision, self.device)
+        # Samples and validation use the model as it is: their batches have other shapes, for each
+        # of which it would have to be compiled again.
+        self._network = self.precision.compiled(model) if config.compile else model
         self.scaler = self.precision.grad_scaler()
         self.ema = EMA(model, config.ema_rate) if config.ema_rate else None
         self.progress = Progress()
