@@ -13,6 +13,7 @@ import re
 from collections import Counter
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from training_step import WAYS, prepare_step
 
@@ -21,9 +22,9 @@ from glide_finetune.training_run import pick_device
 
 # The first pattern that is found in an operator's or a kernel's name tells what it is.
 KINDS = {
-    "convolution": r"conv|cudnn.*(fprop|dgrad|wgrad)",
+    "convolution": r"conv|fprop|dgrad|wgrad",
     "attention": r"attention|flash|fmha",
-    "matrix product": r"\baten::(mm|addmm|bmm|baddbmm|linear|matmul)\b|gemm|mkl.*linear|cutlass",
+    "matrix product": r"::(mm|addmm|bmm|baddbmm|linear|matmul)\b|gemm|mkl.*linear|cutlass|nvjet",
     "optimizer": r"adam|foreach",
     "copies and casts": r"copy|_to\b|contiguous|clone|\bcat\b|Memcpy",
     "other": "",
@@ -54,9 +55,15 @@ def main() -> None:
 
 
 def seconds_by_operator(profiler: profile, device: torch.device) -> Counter[str]:
-    """What each took itself, without what it called."""
-    time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    return Counter({row.key: getattr(row, time) / 1e6 for row in profiler.key_averages()})
+    """What each took itself, without what it called; on CUDA what each kernel took."""
+    rows = profiler.key_averages()
+    if device.type != "cuda":
+        return Counter({row.key: row.self_cpu_time_total / 1e6 for row in rows})
+    # There kernels have rows of their own, and operators the same time once more.
+    kernels = (row for row in rows if row.device_type == DeviceType.CUDA)
+    return Counter(
+        {row.key: row.self_device_time_total / 1e6 for row in kernels if not row.is_user_annotation}
+    )
 
 
 def kind_of(operator: str) -> str:

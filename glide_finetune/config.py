@@ -159,7 +159,8 @@ class TrainConfig:
     seed: int = flag(0, "-seed", group=TRAINING, metavar="N", help="of all random choices")
 
     precision: str = flag("fp32", group=MEMORY, choices=PRECISIONS,
-        help="of the arithmetic; weights, gradients and optimizer stay float32")
+        help="of the arithmetic; weights, gradients and optimizer stay float32, but for "
+             "--low_memory")
     low_memory: bool = flag(False, group=MEMORY,
         help="keep weights, gradients and the optimizer's moments in bf16, 8 bytes a parameter "
              "instead of 16, rounded at random so that small updates still count; best with "
@@ -169,8 +170,8 @@ class TrainConfig:
     activation_checkpointing: bool = flag(False, "-grad_ckpt", group=MEMORY,
         help="compute activations again in the backward pass instead of keeping them")
     compile: bool = flag(False, group=MEMORY,
-        help="compile the training step, which takes minutes at the start; results differ only by "
-             "rounding")
+        help="compile the training step, which takes minutes at the start; results differ by "
+             "rounding, and dropout leaves out other numbers")
     device: str = flag("", "-dev", group=MEMORY, metavar="NAME",
         help="cpu, cuda, cuda:1 … (default: the best there is)")
     cudnn_benchmark: bool = flag(False, "-cudnn", group=MEMORY,
@@ -253,11 +254,18 @@ class TrainConfig:
             advice.append("add --activation_checkpointing")
         if self.precision == "fp32":
             advice.append("compute in half precision with --precision bf16")
+        return [*advice, *self.state_advice, "choose a smaller --model_preset or image size"]
+
+    @property
+    def state_advice(self) -> list[str]:
+        """Those that let weights, gradients and moments take less, what helps most first."""
+        advice = []
         if not self.low_memory:
-            advice.append("keep weights and optimizer in half precision with --low_memory")
+            bf16 = " and --precision bf16" if self.precision == "fp16" else ""
+            advice.append(f"keep weights and optimizer in bf16 with --low_memory{bf16}")
         if not (self.freeze_transformer or self.freeze_diffusion):
             advice.append("train only a part with --freeze_transformer")
-        return [*advice, "choose a smaller --model_preset or image size"]
+        return advice
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""

@@ -94,13 +94,19 @@ class ClipConfig(TrainConfig):
         advice = []
         if self.precision == "fp32":
             advice.append("compute in half precision with --precision bf16")
-        if not (self.freeze_text or self.freeze_image):
-            advice.append("train only a part with --freeze_text or --freeze_image")
+        advice += self.state_advice
         advice.append(
             f"lower --batch_size (now {self.batch_size}), although there is less to learn from "
             "fewer captions"
         )
         return [*advice, "choose a smaller --model_preset"]
+
+    @property
+    def state_advice(self) -> list[str]:
+        """Those that let weights, gradients and moments take less."""
+        if self.freeze_text or self.freeze_image:
+            return []
+        return ["train only a part with --freeze_text or --freeze_image"]
 
     @property
     def options(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ and adds up what of them is alive. So it takes the operations that the run will 
 its attention included, and neither memory nor much time.
 """
 
+import contextlib
 import itertools
 import logging
 import math
@@ -238,21 +239,35 @@ def measure(config: TrainConfig, device: torch.device) -> Measurement:
         raise ValueError("the data gave no batch: it is empty or everything was filtered out")
     state = _state(trainer.model, trainer.optimizer, trainer.ema)
     there = state.weights + state.moments + state.average
-    program = bytes_in_use(device) - there if device.type != "cuda" else 0
+    # nothing tells what the process takes outside of Linux
+    program = max(0, bytes_in_use(device) - there) if device.type != "cuda" else 0
     state_bytes = training_state_bytes(trainer.model.parameters(), trainer.ema is not None)
     with out_of_memory_explained(config, made + 1, state_bytes, device):
         _make_moments(trainer.model, trainer.optimizer)
         restart_peak(device)
-        seconds = _time_steps(trainer, batches)
+        seconds = _with_all_passes(trainer, batches, _time_steps(trainer, batches), loader)
     peak, memory = peak_bytes(device), _state(trainer.model, trainer.optimizer, trainer.ema)
     if peak is not None:
         beyond = peak - memory.peak
         program = min(program, beyond)  # which had memory to spare if `beyond` is less
         memory = replace(memory, activations=beyond - program, program=program)
-    factor = config.gradient_accumulation_steps / len(batches)
-    return Measurement(
-        memory if peak is not None else None, [factor * s for s in seconds], made, total
-    )
+    return Measurement(memory if peak is not None else None, seconds, made, total)
+
+
+def _with_all_passes(
+    trainer: Trainer, batches: list, seconds: list[float], loader: Iterable
+) -> list[float]:
+    """What steps over `batches` took, with the passes that the run's steps make beyond those."""
+    passes = trainer.config.gradient_accumulation_steps
+    with contextlib.suppress(TypeError):  # shards do not tell how many samples they hold
+        passes = min(passes, len(loader))
+    missing = passes - len(batches)
+    if missing <= 0 or not seconds:
+        return seconds
+    if len(seconds) < WHOLE_STEPS:  # it was long, so what is not for the passes counts for little
+        return [passes / len(batches) * step for step in seconds]
+    a_pass = max(0.0, seconds[-1] - _time_step(trainer, batches[:-1]))
+    return [step + missing * a_pass for step in seconds]
 
 
 def _time_steps(trainer: Trainer, batches: list) -> list[float]:
@@ -261,12 +276,19 @@ def _time_steps(trainer: Trainer, batches: list) -> list[float]:
     trainer.model.train()
     seconds: list[float] = []
     for _ in range(MOST_STEPS):
-        skipped, started = trainer.progress.skipped_steps, time.perf_counter()
-        trainer.train_step(batches)
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize(trainer.device)
+        skipped = trainer.progress.skipped_steps
+        step = _time_step(trainer, batches)
         if trainer.progress.skipped_steps == skipped:
-            seconds.append(time.perf_counter() - started)
+            seconds.append(step)
         if len(seconds) == WHOLE_STEPS or (seconds and seconds[0] > longest_first):
             break
     return seconds
+
+
+def _time_step(trainer: Trainer, batches: list) -> float:
+    """The seconds of a step."""
+    started = time.perf_counter()
+    trainer.train_step(batches)
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
+    return time.perf_counter() - started

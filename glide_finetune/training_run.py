@@ -200,9 +200,10 @@ def check_compiler(device: torch.device) -> None:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     except RuntimeError as error:  # of many kinds, for want of a compiler or of Triton
         reason = str(error).splitlines()[0]
+        missing = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler"
         raise ValueError(
-            f"--compile: torch cannot compile for {device.type} here ({reason}); install a C++ "
-            "compiler such as g++, or leave the flag out"
+            f"--compile: torch cannot compile for {device.type} here ({reason}); it takes "
+            f"{missing}, such as g++; or leave the flag out"
         ) from error
 
 
@@ -337,11 +338,11 @@ def warn_of_little_memory(trainer: Trainer) -> None:
     needed = training_state_bytes(parameters, with_ema=False) - there
     available = available_memory(trainer.device)
     if available is not None and needed > available:
+        advice = [*trainer.config.state_advice, "choose a smaller --model_preset"]
         logger.warning(
             "gradients and moments will need %.1f GB beside what is in memory now, but %.1f GB are "
-            "available: the first step will probably fail; end other programs, train a part with "
-            "a --freeze_… flag or choose a smaller --model_preset",
-            needed / 1e9, available / 1e9,
+            "available: the first step will probably fail. Best end other programs; or %s",
+            needed / 1e9, available / 1e9, "; or ".join(advice),
         )  # fmt: skip
 
 

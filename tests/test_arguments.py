@@ -629,3 +629,11 @@ def test_help_is_grouped_shows_defaults_and_imports_nothing_heavy(tmp_path):
         if default not in ("", None, {}) and not isinstance(default, bool) and name != "uncond_p":
             assert f"(default:{default})".replace(" ", "") in text
     assert "(default:0.2;0.0with--train_upsample)" in text
+
+
+def test_what_is_advised_where_memory_is_short_goes_together():
+    (advice,) = [a for a in parse_config(["--use_fp16"]).memory_advice if "--low_memory" in a]
+    flags = advice.partition(" with ")[2].replace(" and ", " ")
+    config = parse_config(flags.split())
+    assert (config.low_memory, config.precision) == (True, "bf16")
+    assert not any("--low_memory" in advice for advice in config.memory_advice)

@@ -6,21 +6,7 @@ import torch
 import real_runs
 from glide_finetune.batch_losses import batch_losses
 from glide_finetune.fp16_util import Precision
-from tiny_training import tiny_batch, tiny_model, tiny_trainer
-
-on_every_device = pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.cuda,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-            ],
-        ),
-    ],
-)
+from tiny_training import on_every_device, tiny_batch, tiny_model, tiny_trainer
 
 
 def gradients(model, network, diffusion, precision):
@@ -117,5 +103,5 @@ def test_the_want_of_a_compiler_is_told_in_one_line(tmp_path, monkeypatch):
     assert process.returncode == 1
     told = err.splitlines()[-1]
     assert told.startswith("train_glide.py: error: --compile: torch cannot compile for cpu here (")
-    assert told.endswith("install a C++ compiler such as g++, or leave the flag out")
+    assert told.endswith("it takes a C++ compiler, such as g++; or leave the flag out")
     assert not (tmp_path / "glide_checkpoints").exists()

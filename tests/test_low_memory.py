@@ -17,7 +17,14 @@ from glide_finetune.optimization import clip_gradients, make_optimizer, restore_
 from glide_finetune.validation import Validator
 from glide_finetune.weights import read_weights
 from glide_text2im.tokenizer.bpe import get_encoder
-from tiny_training import OPTIONS, assert_same_weights, tiny_batch, tiny_trainer, weights_of
+from tiny_training import (
+    OPTIONS,
+    assert_same_weights,
+    on_every_device,
+    tiny_batch,
+    tiny_trainer,
+    weights_of,
+)
 
 ULP = 2**-7  # the largest distance of neighbouring bfloat16 numbers, as a share of them
 
@@ -68,26 +75,27 @@ def in_bf16(tensors):
     return [nn.Parameter(tensor.bfloat16()) for tensor in tensors]
 
 
-def several_tensors(seed=0):
+def several_tensors(seed=0, device="cpu"):
     """Of all sorts of shapes, some with axes in another order in memory."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(), (7,), (40, 30), (3, 500), (8, 6, 3, 3)]
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
     tensors[2] = tensors[2].t()
     tensors[4] = tensors[4].to(memory_format=torch.channels_last)
-    return tensors
+    return [tensor.to(device) for tensor in tensors]
 
 
+@on_every_device
 @pytest.mark.parametrize("chunk", [20, 1000, 2**18])
-def test_a_step_is_that_of_adamw_to_the_digits_of_bfloat16(monkeypatch, chunk):
+def test_a_step_is_that_of_adamw_to_the_digits_of_bfloat16(monkeypatch, chunk, device):
     monkeypatch.setattr(low_memory, "CPU_CHUNK", chunk)
-    parameters = in_bf16(several_tensors())
+    parameters = in_bf16(several_tensors(device=device))
     wanted = [nn.Parameter(p.detach().float()) for p in parameters]
     settings = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.5}
     optimizer, adamw = LowMemoryAdamW(parameters, **settings), torch.optim.AdamW(wanted, **settings)
     for step in range(3):
         for parameter, want, gradient in zip(
-            parameters, wanted, several_tensors(step + 1), strict=True
+            parameters, wanted, several_tensors(step + 1, device), strict=True
         ):
             parameter.grad = gradient.bfloat16()
             want.grad = parameter.grad.float()
@@ -214,11 +222,12 @@ def test_the_norm_of_bfloat16_gradients_is_that_of_float32():
     assert after == pytest.approx(1, rel=1e-3)
 
 
-def test_state_of_adamw_is_taken_and_given_back():
-    weights = several_tensors()
+@on_every_device
+def test_state_of_adamw_is_taken_and_given_back(device):
+    weights = several_tensors(device=device)
     parameters, kept = [nn.Parameter(w.clone()) for w in weights], in_bf16(weights)
     adamw = make_optimizer(nn.ParameterList(parameters), 1e-3, 0.0)
-    for parameter, gradient in zip(parameters, several_tensors(1), strict=True):
+    for parameter, gradient in zip(parameters, several_tensors(1, device), strict=True):
         parameter.grad = gradient
     adamw.step()
     optimizer = make_optimizer(nn.ParameterList(kept), 1e-4, 0.1)
@@ -231,7 +240,7 @@ def test_state_of_adamw_is_taken_and_given_back():
             assert torch.equal(optimizer.state[low][name], want)
             assert optimizer.state[low][name].dtype == torch.bfloat16
 
-    for parameter, gradient in zip(kept, several_tensors(2), strict=True):
+    for parameter, gradient in zip(kept, several_tensors(2, device), strict=True):
         parameter.grad = gradient.bfloat16()
     optimizer.step()
     restore_optimizer(adamw, copy.deepcopy(optimizer.state_dict()))

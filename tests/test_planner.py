@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import real_runs
-from glide_finetune import cost_report, glide_util, planner
+from glide_finetune import cost_report, glide_util, memory, planner
 from glide_finetune.arguments import parse_config
 from glide_finetune.cost_report import duration, kept_checkpoints, report_cost
 from glide_finetune.memory import OutOfMemory
@@ -127,6 +127,25 @@ def test_measuring_finds_the_parts_of_the_forecast_and_the_length_of_the_run():
 def test_the_steps_of_a_run_follow_from_epochs_steps_and_data(words, total, monkeypatch):
     monkeypatch.setattr(planner, "WHOLE_STEPS", 1)
     assert measure(settings(words), CPU).total == total
+
+
+@pytest.mark.parametrize(("passes", "seconds"), [(1, 5.0), (2, 7.0), (3, 9.0), (16, 13.0)])
+def test_a_step_takes_each_of_its_passes_and_its_optimizer_once(passes, seconds, monkeypatch):
+    now = 0.0
+
+    def train_step(trainer, batches):
+        nonlocal now
+        now += 3.0 + 2.0 * len(batches)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(planner.time, "perf_counter", lambda: now)
+    config = settings(f"--batch_size 2 --gradient_accumulation_steps {passes}")  # 5 an epoch
+    assert measure(config, CPU).seconds[-1] == seconds
+
+
+def test_no_part_is_negative_where_nothing_tells_of_the_process(monkeypatch):
+    monkeypatch.setattr(memory, "_of_process", lambda name: None)
+    assert min(vars(measure(settings(), CPU).memory).values()) >= 0
 
 
 def test_after_a_long_first_step_no_second_one_is_made(monkeypatch, capsys):

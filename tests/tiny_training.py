@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from glide_finetune.config import TrainConfig
@@ -24,6 +25,20 @@ OPTIONS = {
     "xf_heads": 2,
 }
 SIDE = 8  # pixels of the images, small for speed
+
+on_every_device = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.cuda,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+            ],
+        ),
+    ],
+)
 
 
 def tiny_model(model_type="base", seed=0, **keywords):

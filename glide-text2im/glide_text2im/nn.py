@@ -72,7 +72,7 @@ def cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _slow_on_this_cpu() -> set[torch.dtype]:
-    """The dtypes for whose products torch does not find instructions in the CPU."""
+    """The dtypes that torch multiplies number by number here, for want of vector instructions."""
     found = {torch.bfloat16: False, torch.float16: False}
     if torch.backends.mkldnn.is_available():
         found[torch.bfloat16] = torch.ops.mkldnn._is_mkldnn_bf16_supported()
