@@ -326,7 +326,9 @@ def test_a_dry_run_tells_settings_data_and_cost_and_writes_nothing_else(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["-bs 8", "-bs 16 -grad_ckpt", "-bs 1 --ema_rate 0.999"])
+@pytest.mark.parametrize(
+    "words", ["-bs 8", "-bs 8 --precision bf16", "-bs 16 -grad_ckpt", "-bs 1 --ema_rate 0.999"]
+)
 def test_the_forecast_is_within_15_per_cent_of_the_peak_of_a_process(tmp_path, words):
     model = "--model_preset small --init scratch --num_workers 0 --device cpu --data_dir data"
     out = real_runs.train(tmp_path, "--dry_run", *shlex.split(f"{model} {words}"))

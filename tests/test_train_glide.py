@@ -204,6 +204,10 @@ class TestResuming:
             "--data_dir data --low_memory --lr_schedule cosine --log_frequency 2",
             "--data_dir data --train_inpaint --val_fraction 0.2 --eval_interval 1 -freq 2",
             "--data_dir data --train_inpaint --train_upsample --upscale_factor 2 -freq 2",
+            pytest.param(
+                "--data_dir data --train_inpaint --compile --precision bf16 -freq 0",
+                marks=pytest.mark.slow,  # it compiles three times
+            ),
         ],
         ids=[
             "upsampler",
@@ -213,6 +217,7 @@ class TestResuming:
             "low_memory",
             "inpainting",
             "inpainting_upsampler",
+            "compiled",
         ],
     )
     def test_other_kinds_of_run_go_on_bit_for_bit_too(self, place, words, request):
