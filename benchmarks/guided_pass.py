@@ -20,6 +20,7 @@ from glide_finetune.fp16_util import Precision
 from glide_finetune.glide_util import load_model, sampling_mode, text_cached
 from glide_finetune.guidance import guided
 from glide_finetune.model_options import MODEL_PRESETS
+from glide_finetune.programs import keep_freed_memory
 from glide_finetune.training_run import pick_device
 
 WAYS = {
@@ -60,6 +61,8 @@ def measure(
     fill_zeros(model)
     if naive:
         make_naive(model)
+    else:
+        keep_freed_memory()
     tokens, mask, images = (part.to(device) for part in random_batch(config))
     conditions = {
         "tokens": torch.cat([tokens, torch.zeros_like(tokens)]),

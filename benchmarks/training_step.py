@@ -25,6 +25,7 @@ from glide_finetune.fp16_util import keep_in_bf16
 from glide_finetune.glide_util import load_model
 from glide_finetune.model_options import MODEL_PRESETS
 from glide_finetune.optimization import make_optimizer
+from glide_finetune.programs import keep_freed_memory
 from glide_finetune.trainer import Trainer
 from glide_finetune.training_run import pick_device
 
@@ -98,6 +99,7 @@ def prepare_step(
             optimizer.zero_grad(set_to_none=True)
 
         return step
+    keep_freed_memory()
     if config.low_memory:
         keep_in_bf16(model)
     optimizer = make_optimizer(model, config.learning_rate, config.adam_weight_decay)

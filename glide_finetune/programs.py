@@ -1,8 +1,9 @@
-"""What all programs do alike: where their lines go, and how errors end them.
+"""What all programs do alike: where their lines go, how errors end them, what memory they keep.
 
 torch is not imported here, unless to know an error by.
 """
 
+import ctypes
 import logging
 import os
 import sys
@@ -10,6 +11,9 @@ import traceback
 from collections.abc import Callable
 
 from glide_finetune.config import ConfigError
+
+# Settings of glibc's mallopt(3).
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def run_program(
@@ -36,6 +40,7 @@ def run_program(
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     for package in ("glide_finetune", "glide_text2im"):
         logging.getLogger(package).setLevel(logging.INFO)
+    keep_freed_memory()
     try:
         return action()
     except KeyboardInterrupt:
@@ -49,6 +54,19 @@ def run_program(
             traceback.print_exc()
         print(f"{name}: error: {line}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+
+
+def keep_freed_memory() -> None:
+    """Have the process keep the memory of tensors that are freed for those that come.
+
+    glibc gives large blocks back to the system, which fills them with zeros, page by page, when
+    they are asked for again: on a CPU 6 % of the processor time of a float32 training step, and
+    more where convolutions are faster. Without glibc nothing happens.
+    """
+    mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)
+    # An old glibc refuses a threshold as large, and without that one the other would do harm.
+    if mallopt and mallopt(_MMAP_THRESHOLD, 2**31 - 1):
+        mallopt(_TRIM_THRESHOLD, -1)
 
 
 def _line_about(error: Exception, other_weights: str) -> str | None:

@@ -1,6 +1,7 @@
 """What all programs do alike: how they tell errors, and with which status they end."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -78,6 +79,23 @@ def test_mistakes_are_told_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
     assert (done.returncode, done.stderr) == (1, b"a.py: error: wrong\n")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this is of glibc")
+def test_memory_that_is_freed_is_kept():
+    code = (
+        "import mmap, resource, torch; from glide_finetune.programs import run_program\n"
+        "def pages_of(tensors):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(tensors): torch.ones(2**24)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "def show():\n"
+        "    pages_of(10)\n"  # until there is room between what else is there
+        "    print(pages_of(30) / (2**26 / mmap.PAGESIZE))\n"
+        "run_program('a.py', show)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert float(done.stdout) < 3, "of 30 tensors"
 
 
 @pytest.mark.parametrize(
