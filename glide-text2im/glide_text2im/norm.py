@@ -67,14 +67,14 @@ class _NormalizeAndActivate(torch.autograd.Function):
         centred, grad = _centre(x.float(), _per_pixel(mean), x), grad.float()
         if ctx.silu:
             before = torch.addcmul(_per_pixel(offset), centred, _per_pixel(a))
-            grad = torch.ops.aten.silu_backward(grad, before)
+            grad = torch.ops.aten.silu_backward.grad_input(grad, before, grad_input=before)
 
         grad_offset = grad.sum(dim=(2, 3)).view_as(a)
         by_centred = (grad * centred).sum(dim=(2, 3)).view_as(a)
         # The gradient through mean and deviation is k1 * (x - mean) + k0 in every group.
         k1 = -rstd.square() * (a * by_centred).sum(dim=2, keepdim=True) / count
         k0 = -(a * grad_offset).sum(dim=2, keepdim=True).expand_as(a) / count
-        grad_x = torch.addcmul(_per_pixel(k0), centred, _per_pixel(k1))
+        grad_x = torch.addcmul(_per_pixel(k0), centred, _per_pixel(k1), out=centred)
         grad_x.addcmul_(grad, _per_pixel(a))
         grad_gain = rstd * by_centred
         return grad_x.to(x.dtype), grad_gain.flatten(1), grad_offset.flatten(1), None
