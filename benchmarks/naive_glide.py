@@ -1,9 +1,9 @@
 """GLIDE as it is usually trained: the yardstick that the benchmarks hold the project against.
 
 `make_naive` turns one of our models into one that computes the same with the same weights, the
-usual way: float32 images in torch's default memory layout; group norm, scale, shift and SiLU each
-a step of its own; queries, keys and values by one-dimensional convolutions; attention as two
-einsums around a float32 softmax. `naive_optimizer` is AdamW in its plain loop.
+usual way: float32 images and weights in torch's default memory layout; group norm, scale, shift and
+SiLU each a step of its own; queries, keys and values by one-dimensional convolutions; attention as
+two einsums around a float32 softmax. `naive_optimizer` is AdamW in its plain loop.
 """
 
 from functools import partial
@@ -28,6 +28,7 @@ def make_naive(model: UNet) -> UNet:
             module.compute = partial(attention_block, module)
         elif isinstance(module, SelfAttention):
             module.forward = partial(self_attention, module)
+    model.to(memory_format=torch.contiguous_format)
     first = model.input_blocks[0]
     first.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     return model

@@ -102,13 +102,15 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         return state["step"]
 
     def _chunks(self, parameters: list[Tensor]) -> Iterator[list[Piece]]:
-        """All of the parameters; as many rows in each chunk as its size allows, one at least."""
+        """All of the parameters; as many rows in each chunk as its size allows, one at least. Axes
+        are taken in the order in which they lie in memory."""
         limit = CPU_CHUNK if parameters[0].device.type == "cpu" else CHUNK
         chunk, size = [], 0
         for parameter in parameters:
             state = self.state[parameter]
             tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-            tensors = [torch.atleast_1d(tensor) for tensor in tensors]
+            in_memory = sorted(range(parameter.ndim), key=parameter.stride, reverse=True)
+            tensors = [torch.atleast_1d(tensor.permute(in_memory)) for tensor in tensors]
             rows = max(1, limit // tensors[0][0].numel())
             for piece in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
                 if chunk and size + piece[0].numel() > limit:

@@ -65,7 +65,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
             for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
         ]
         optimizer.load_state_dict({**state, "param_groups": groups})
-        _check_moments(optimizer)
+        _lay_out_moments(optimizer)
     except ValueError:
         raise ValueError(
             "the training state belongs to another model or was made with other parameters "
@@ -73,12 +73,16 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
         ) from None
 
 
-def _check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """ValueError unless the moments have the shapes of their parameters."""
+def _lay_out_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Have the moments lie in memory as their parameters do, which fused kernels take for granted;
+    ValueError unless they have their shapes."""
     for parameter, state in optimizer.state.items():
-        for moment in state.values():
-            if torch.is_tensor(moment) and moment.ndim and moment.shape != parameter.shape:
-                raise ValueError
+        for name, moment in state.items():
+            if torch.is_tensor(moment) and moment.ndim:
+                if moment.shape != parameter.shape:
+                    raise ValueError
+                if moment.stride() != parameter.stride():
+                    state[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
 @torch.no_grad()

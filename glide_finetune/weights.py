@@ -164,7 +164,7 @@ def build_and_load(
     assert not lost, f"buffers that no weights file fills: {lost}"
     # copies, so that the model does not depend on the file the weights are mapped from
     loaded = {
-        name: weights[name].to(device=device, dtype=tensor.dtype, copy=True)
+        name: torch.empty_like(tensor, device=device).copy_(weights[name])
         for name, tensor in model.state_dict().items()
     }
     model.load_state_dict(loaded, assign=True)

@@ -153,12 +153,27 @@ def test_another_size_is_refused_with_the_factor():
         small_model()(**inputs(height=32, width=34))
 
 
+def convolutions(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [weight for weight in model.parameters() if weight.ndim == 4]
+
+
+def test_weights_and_gradients_of_convolutions_lie_channels_last():
+    model = small_model()
+    gradients(model, inputs())
+    weights = convolutions(model)
+    assert len(weights) > 10
+    for tensor in weights + [weight.grad for weight in weights]:
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 @torch.no_grad()
-def test_channels_last_memory_gives_the_same_numbers():
+def test_any_memory_layout_gives_the_same_numbers():
     model, batch = small_model().eval(), inputs()
     want = model(**batch)
-    model.to(memory_format=torch.channels_last)
     batch["x"] = batch["x"].contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(**batch), want)
+    model.to(memory_format=torch.contiguous_format)
+    assert all(weight.is_contiguous() for weight in convolutions(model))
     torch.testing.assert_close(model(**batch), want)
 
 

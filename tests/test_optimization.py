@@ -12,6 +12,7 @@ from glide_finetune.optimization import (
     make_optimizer,
     restore_optimizer,
 )
+from glide_text2im.nn import Conv2d
 from tiny_training import assert_same_weights, tiny_batch, tiny_model, tiny_trainer, weights_of
 
 TEXT = ("transformer", "final_ln", "token_embedding", "positional_", "padding_")
@@ -126,6 +127,29 @@ def test_a_restored_optimizer_goes_on_with_the_same_moments():
     restore_optimizer(optimizer2, saved)
     step(layer2, optimizer2)
     assert_same_weights(layer2.state_dict(), layer.state_dict())
+
+
+def test_moments_of_a_file_are_laid_out_in_memory_as_their_parameters():
+    layer = Conv2d(4, 8, 3)
+    optimizer = make_optimizer(layer, 1e-2, 0.0)
+    images = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+
+    def step():
+        layer(images).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(layer.state_dict())
+    step()
+    want = weights_of(layer)
+    for state in saved["state"].values():
+        state["exp_avg"] = state["exp_avg"].contiguous()  # as files hold them
+        state["exp_avg_sq"] = state["exp_avg_sq"].contiguous()
+    layer.load_state_dict(weights)
+    restore_optimizer(optimizer, saved)
+    step()
+    assert_same_weights(layer.state_dict(), want)
 
 
 def test_a_restored_optimizer_keeps_its_own_settings():

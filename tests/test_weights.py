@@ -252,6 +252,14 @@ def test_a_model_is_built_from_a_file_without_drawing_random_numbers(tmp_path):
     assert torch.equal(built.eval()(x, t, tokens, mask), model.eval()(x, t, tokens, mask))
 
 
+def test_a_built_model_has_the_memory_layout_of_a_new_one(tmp_path):
+    model = make_glide("base")
+    write_weights(tmp_path / "w.pt", model.state_dict())
+    built = build_and_load(lambda: make_glide("base"), tmp_path / "w.pt")
+    strides = [parameter.stride() for parameter in model.parameters()]
+    assert [parameter.stride() for parameter in built.parameters()] == strides
+
+
 def test_a_built_model_does_not_depend_on_its_file_any_more(tmp_path):
     write_weights(tmp_path / "w.pt", make_model().state_dict())
     built = build_and_load(make_model, tmp_path / "w.pt")

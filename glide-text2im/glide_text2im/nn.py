@@ -128,7 +128,24 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """A two-dimensional convolution that computes in the dtype of its input."""
+    """A two-dimensional convolution that computes in the dtype of its input.
+
+    Its weight lies channels-last in memory, as the images do: torch would lay any other out anew
+    in every pass, and its gradient back.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding)
+        weight = self.weight.detach().contiguous(memory_format=torch.channels_last)
+        self.weight = nn.Parameter(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return multiply(self._conv_forward, x, self.weight, self.bias)
