@@ -40,9 +40,9 @@ from glide_text2im.model_creation import create_model_and_diffusion
 
 logger = logging.getLogger(__name__)
 
-# In main memory tensors take more than their bytes: what is freed below 32 MB leaves holes in the
-# heap of glibc's malloc, which cannot give them back, and oneDNN keeps copies in its own layouts.
-# Measured: about half of what lives at the peak, up to a bound.
+# In main memory tensors take more than their bytes: what is freed leaves holes in the heap, and
+# oneDNN keeps copies in its own layouts. Measured: about half of what lives at the peak, up to a
+# bound.
 SHARE_OF_HOLES = 0.5
 MOST_HOLES = 600_000_000
 
