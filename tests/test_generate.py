@@ -271,9 +271,9 @@ def test_a_clip_guides_the_pictures_towards_their_captions(runs, tmp_path):
             image = clip.image_embeddings(picture, torch.tensor([0]))
             return float((clip.text_embeddings(["a cat"]) * image).sum())
 
-    guided = similarity(clip=[str(folder)], clip_scale=4.0)
+    guided = similarity(clip=[str(folder)], clip_scale=1.0)
     assert guided > similarity() + 0.05
-    assert similarity(clip=[str(path) for path in files], clip_scale=4.0) == guided
+    assert similarity(clip=[str(path) for path in files], clip_scale=1.0) == guided
     with pytest.raises(ValueError, match="pictures of 8x8 pixels, the base model draws 16x8"):
         generate(config_of(runs, tmp_path, clip=[str(folder)], side_x=16))
     with pytest.raises(ValueError, match="plms does not work with a cond_fn"):

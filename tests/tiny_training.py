@@ -52,7 +52,7 @@ def tiny_model(model_type="base", seed=0, **keywords):
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
-                parameter.normal_(std=0.02)
+                parameter.copy_(0.02 * torch.randn(parameter.shape))  # in any memory layout
     return model, diffusion, options
 
 
