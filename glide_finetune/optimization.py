@@ -96,7 +96,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest_norm: float) -> t
     # in float32, since a norm in the dtype of the gradients may be bfloat16's two digits
     norms = torch._foreach_norm([p.grad for p in with_gradient], 2.0, torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(norms))
-    nn.utils.clip_grads_with_norm_(with_gradient, largest_norm, norm)
+    if norm > largest_norm:  # multiplying by 1 would take as long as half an optimizer step
+        nn.utils.clip_grads_with_norm_(with_gradient, largest_norm, norm)
     return norm
 
 

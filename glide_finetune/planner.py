@@ -32,7 +32,7 @@ from glide_finetune.memory import (
     restart_peak,
     training_state_bytes,
 )
-from glide_finetune.optimization import clip_gradients, freeze, make_optimizer
+from glide_finetune.optimization import freeze, make_optimizer
 from glide_finetune.runs import interpret_resume
 from glide_finetune.trainer import Trainer
 from glide_finetune.training_run import find_origin, glide_job, go_on
@@ -156,7 +156,6 @@ def _step_on_paper(config: TrainConfig, device: torch.device) -> tuple[Memory, i
                 loss_weighting=config.loss_weighting,
             )
         losses.loss.sum().backward()
-        clip_gradients(model.parameters(), 1.0)
         optimizer.step()
         if ema:
             ema.update()

@@ -210,7 +210,7 @@ def test_parameters_of_another_dtype_are_refused():
 # ---------------------------------------------------------------------------- gradients and state
 
 
-def test_the_norm_of_bfloat16_gradients_is_that_of_float32():
+def test_bfloat16_gradients_are_shortened_by_their_norm_in_float32():
     parameters = in_bf16(several_tensors())
     for parameter, gradient in zip(parameters, several_tensors(1), strict=True):
         parameter.grad = 3 * gradient.bfloat16()
@@ -218,8 +218,10 @@ def test_the_norm_of_bfloat16_gradients_is_that_of_float32():
     norm = clip_gradients(parameters, 1.0)
     assert norm.dtype == torch.float32
     assert norm.item() == pytest.approx(exact, rel=1e-6)
-    after = torch.cat([p.grad.double().flatten() for p in parameters]).norm().item()
-    assert after == pytest.approx(1, rel=1e-3)
+    shortened = torch.cat([p.grad.double().flatten() for p in parameters])
+    assert shortened.norm().item() == pytest.approx(1, rel=1e-3)
+    assert clip_gradients(parameters, 2.0).item() == pytest.approx(1, rel=1e-3)
+    assert torch.equal(torch.cat([p.grad.double().flatten() for p in parameters]), shortened)
 
 
 @on_every_device
