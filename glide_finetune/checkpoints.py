@@ -166,7 +166,9 @@ def _if_whole(description_path: Path) -> CheckpointFiles | None:
 
 
 def _plain_tree(value: Any, where: str) -> Any:
-    """A copy of `value` that torch.load reads back with weights_only, its tensors on the CPU."""
+    """`value` as torch.load reads it back with weights_only, its tensors on the CPU. They are
+    copied only where they must: the moments of a whole model may be more than memory has room for.
+    """
     if isinstance(value, Tensor):
         return host_tensor(value)
     if isinstance(value, Mapping):

@@ -34,13 +34,17 @@ def plain_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Keeps the order. Tensors that are already so are not copied.
     """
-    return {_plain_name(name): host_tensor(tensor, torch.float32) for name, tensor in state.items()}
+    return {
+        _plain_name(name): host_tensor(
+            tensor.float() if tensor.is_floating_point() else tensor
+        ).contiguous()
+        for name, tensor in state.items()
+    }
 
 
-def host_tensor(tensor: Tensor, float_dtype: torch.dtype | None = None) -> Tensor:
-    """`tensor` on the CPU, contiguous, detached, and alone in its storage (files hold storages)."""
-    dtype = float_dtype if tensor.is_floating_point() else None
-    tensor = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
+def host_tensor(tensor: Tensor) -> Tensor:
+    """`tensor` on the CPU, detached, and alone in its storage (files hold storages)."""
+    tensor = tensor.detach().cpu()
     alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if alone else tensor.clone()
 

@@ -123,6 +123,24 @@ def test_the_training_state_comes_back_exactly_and_without_running_code(tmp_path
             assert torch.equal(loaded["optimizer"]["state"][index][name], tensor)
 
 
+def test_moments_are_written_as_they_lie_since_there_may_be_no_room_for_another_copy(tmp_path):
+    moment = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    save_checkpoint(
+        tmp_path,
+        epoch=0,
+        step=1,
+        model_state={"weight": moment},
+        ema_state=None,
+        training_state={"moment": moment, "part": torch.zeros(1_000_000)[:10]},
+        description={},
+    )
+    path = tmp_path / "training-state-0x1.pt"
+    loaded = read_training_state(path)["moment"]
+    assert torch.equal(loaded, moment)
+    assert loaded.stride() == moment.stride()
+    assert path.stat().st_size < 5_000
+
+
 def test_a_training_state_of_other_objects_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(TypeError, match=r"training_state\['rng'\]\[1\] is a Random"):
         save_checkpoint(
