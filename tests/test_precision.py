@@ -198,3 +198,23 @@ def test_attention_on_such_a_cpu_is_rounded_once(half):
     parts = [torch.randn(2, 3, 5, 8).to(half) for _ in range(3)]
     want = torch.nn.functional.scaled_dot_product_attention(*(part.float() for part in parts))
     assert torch.equal(nn.attention(*parts), want.to(half))
+
+
+@pytest.mark.parametrize("slow", [set(), {torch.bfloat16}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_that_of_the_definition_on_every_way(
+    monkeypatch, slow, dtype, autocast, causal
+):
+    monkeypatch.setattr(nn, "SLOW_ON_CPU", slow)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 50, 8).to(dtype) for _ in range(3))
+    scores = query.double() @ key.double().transpose(2, 3) / 8**0.5
+    if causal:
+        scores[..., torch.ones(50, 50).triu(1) > 0] = -torch.inf
+    want = scores.softmax(dim=3) @ value.double()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
+        got = nn.attention(query, key, value, causal=causal)
+    assert got.dtype == dtype
+    assert (got - want).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2)

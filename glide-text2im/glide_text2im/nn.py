@@ -175,13 +175,16 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Tensor:
     """Softmax attention over (batch, heads, positions, channels of a head), scores scaled by
-    1/sqrt(channels). Scores and softmax are float32, whatever the dtype of the arguments."""
+    1/sqrt(channels). Scores and softmax are float32, whatever the dtype of the arguments.
+
+    `causal`: a position attends to none behind it; query and key then have equally many.
+    """
     if query.device.type == "cpu" and query.dtype in SLOW_ON_CPU:
         with without_autocast("cpu"):
             parts = (part.float() for part in (query, key, value))
-            return F.scaled_dot_product_attention(*parts).to(query.dtype)
+            return F.scaled_dot_product_attention(*parts, is_causal=causal).to(query.dtype)
     if (
         query.device.type == "cpu"
         and query.dtype == torch.bfloat16
@@ -189,9 +192,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     ):
         # There the fused kernel takes up to four times as long, most of it in the backward pass.
         # Scores that a bfloat16 product has rounded would be four times as far off as its own.
-        scores = (query.float() * query.shape[3] ** -0.5) @ key.float().transpose(2, 3)
-        return scores.softmax(dim=3).to(value.dtype) @ value
-    return F.scaled_dot_product_attention(query, key, value)
+        with without_autocast("cpu"):
+            scores = (query.float() * query.shape[3] ** -0.5) @ key.float().transpose(2, 3)
+            if causal:
+                behind = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1)
+                scores = scores.masked_fill(behind, -math.inf)
+            return scores.softmax(dim=3).to(value.dtype) @ value
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
 
 
 class RecomputedModule(nn.Module):

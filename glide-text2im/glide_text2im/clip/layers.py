@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glide_text2im.nn import layer_norm, linear, normal_parameter
+from glide_text2im.nn import attention, layer_norm, linear, normal_parameter
 
 
 class Linear(nn.Module):
@@ -53,7 +53,7 @@ class Attention(nn.Module):
             f(normed).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
             for f in (self.f_q, self.f_k, self.f_v)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        mixed = attention(q, k, v, causal=self.causal)
         return self.f_c(mixed.transpose(1, 2).flatten(2))
 
 
