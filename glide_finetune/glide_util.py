@@ -314,9 +314,9 @@ def sample(
                 glide_model, glide_options, captions[part], device,
                 instead=negative_prompt if with_guidance else None,
             )  # fmt: skip
-            for name, images_ in given.items():
-                rows = images_[part].to(device)
-                conditions[name] = torch.cat([rows, rows]) if with_guidance else rows
+            for key, value in given.items():
+                rows = value[part].to(device)
+                conditions[key] = torch.cat([rows, rows]) if with_guidance else rows
             with text_cached(glide_model):
                 drawn = chosen.loop(
                     diffusion,

@@ -100,6 +100,8 @@ def solve(
     """
     draw = noise_like or torch.randn_like
     before: tuple[Tensor, float] | None = None  # D and h of the last step
+    indices = range(diffusion.num_timesteps - 1, -1, -1)
+    index_of_step = iter(indices)  # what `t` holds, without waiting for the device
 
     def step(x: Tensor, t: Tensor) -> dict[str, Tensor]:
         nonlocal before
@@ -107,7 +109,8 @@ def solve(
         if cond_fn is not None:
             out = diffusion.condition_score(cond_fn, out, x, t, model_kwargs)
         x_start = target = out["pred_xstart"]
-        here, there = _level(diffusion, int(t[0])), _level(diffusion, int(t[0]) - 1)
+        index = next(index_of_step)
+        here, there = _level(diffusion, index), _level(diffusion, index - 1)
         kept = there.sigma / here.sigma
         at_end = there == CLEAN
         if not at_end:
@@ -121,7 +124,6 @@ def solve(
             y = y + there.sigma * math.sqrt(1 - kept**2) * draw(x)
         return {"sample": there.signal * y, "pred_xstart": x_start}
 
-    indices = range(diffusion.num_timesteps - 1, -1, -1)
     return last_sample(walk(step, indices, model, shape, noise, device, progress))
 
 

@@ -128,7 +128,8 @@ class Text2ImUNet(UNet):
         # A result that gradients shall flow through is good for one backward pass only.
         use_cache = self.cache_text_emb and not torch.is_grad_enabled()
         if use_cache and self._cached_tokens is not None:
-            if not torch.equal(tokens, self._cached_tokens):
+            # the same tensor in all steps of a loop, which then need not wait for the device
+            if tokens is not self._cached_tokens and not torch.equal(tokens, self._cached_tokens):
                 raise AssertionError(
                     "the cached text belongs to other tokens: call del_cache() first"
                 )
