@@ -4,8 +4,8 @@ Torch's own kernel takes about as long on a CPU as a convolution where images li
 memory, and on CUDA it copies them out of that layout and back; separate affine, scale-shift and
 SiLU steps each keep a copy of the images for the backward pass. Here, on every device, gain,
 offset, scale and shift become one multiplication and addition per channel, the arithmetic is
-float32 whatever the dtype of the images, and the backward pass needs only the input. At most one
-float32 copy of the images lives at a time in the forward pass.
+float32 whatever the dtype of the images, and the backward pass needs only the input. At most two
+float32 copies of the images live at a time in the forward pass.
 """
 
 import torch
