@@ -79,6 +79,7 @@ def make_training_data(
         num_workers=config.num_workers,
         device=device,
         epoch_samples=config.wds_epoch_samples,
+        batches_a_step=config.gradient_accumulation_steps,
     )
     return TrainingData(
         loader,

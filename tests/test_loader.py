@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import weakref
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from glide_finetune.data.dataloading import make_dataloader, split_validation
 from glide_finetune.data.folder_index import check_folder
 from glide_finetune.data.images import to_tensor
+from glide_finetune.data.shared_integer import SharedInteger
 from glide_finetune.loader import TextImageDataset
 from stub_tokenizer import StubTokenizer, caption_of
 
@@ -328,6 +330,29 @@ def test_batches_do_not_depend_on_the_workers_and_persistent_ones_follow_the_epo
             assert equal(list(loader), want)
         loader.set_epoch(1, start_batch=3)
         assert equal(list(loader), epochs[1][3:])
+
+
+class CountedDraws(TextImageDataset):
+    """Counts its draws, in all processes."""
+
+    def __init__(self, *args, **keywords):
+        super().__init__(*args, **keywords)
+        self.draws = SharedInteger()
+
+    def draw(self, *args, **keywords):
+        self.draws.value += 1
+        return super().draw(*args, **keywords)
+
+
+def test_workers_have_the_batches_of_a_step_ready(folder):
+    data = CountedDraws(folder, 16, 8, tokenizer=StubTokenizer())
+    loader = make_dataloader(data, 1, seed=0, num_workers=1, device="cpu", batches_a_step=6)
+    batches = iter(loader)
+    next(batches)
+    deadline = time.monotonic() + 60
+    while data.draws.value < 7 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert data.draws.value >= 7  # the one that was taken and the six behind it
 
 
 def test_an_epoch_entered_in_the_middle_decodes_nothing_before(folder, monkeypatch):

@@ -12,7 +12,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain, count, cycle, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -33,6 +33,7 @@ def make_dataloader(
     num_workers: int,
     device: torch.device | str,
     epoch_samples: int = 0,
+    batches_a_step: int = 1,
 ) -> "FolderBatches | ShardBatches":
     """Batches of a dataset: tuples of stacked tensors, and a list of keys last if it gives them.
 
@@ -40,7 +41,8 @@ def make_dataloader(
     again. `device` is where the batches will be used: for CUDA they come in pinned memory.
     `seed` is for the order of folders; a stream of shards has its own. An incomplete last batch is
     left out. `epoch_samples` is for streams of shards: how many samples make up an epoch, over all
-    processes of a distributed run; 0 for those of one pass.
+    processes of a distributed run; 0 for those of one pass. Workers have the next `batches_a_step`
+    ready, two each at least.
 
     A folder with fewer samples than a batch gives one batch, in which samples occur again with
     other crops. Raises ValueError for fewer `epoch_samples` than a batch has, and while iterating
@@ -48,11 +50,14 @@ def make_dataloader(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    pin_memory = torch.device(device).type == "cuda"
+    workers = {
+        "num_workers": num_workers,
+        "pin_memory": torch.device(device).type == "cuda",
+        "items_ahead": batches_a_step,
+    }
     if isinstance(dataset, ShardStream):
-        return ShardBatches(dataset, batch_size, num_workers, pin_memory, epoch_samples)
-    order = _FolderEpoch(len(dataset), batch_size, seed)
-    return FolderBatches(dataset, order, num_workers, pin_memory)
+        return ShardBatches(dataset, batch_size, epoch_samples, **workers)
+    return FolderBatches(dataset, _FolderEpoch(len(dataset), batch_size, seed), **workers)
 
 
 def split_validation(
@@ -191,15 +196,11 @@ class _FolderDraws(Dataset):
 class FolderBatches:
     """The batches of a local dataset; its length is the number of batches of an epoch."""
 
-    def __init__(
-        self, dataset: TextImageDataset, order: _FolderEpoch, num_workers: int, pin_memory: bool
-    ) -> None:
+    def __init__(self, dataset: TextImageDataset, order: _FolderEpoch, **workers: Any) -> None:
         self._epoch = order
         self._account = dataset.account.again(order.batches * order.batch_size)
         self._unlisted = dataset.index.metrics()
-        self._loader = worker_loader(
-            _FolderDraws(dataset), num_workers, pin_memory, batch_sampler=self._epoch
-        )
+        self._loader = worker_loader(_FolderDraws(dataset), batch_sampler=self._epoch, **workers)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         self._epoch.epoch, self._epoch.start_batch = epoch, start_batch
@@ -334,9 +335,10 @@ class ShardBatches:
         self,
         stream: ShardStream,
         batch_size: int,
-        num_workers: int,
-        pin_memory: bool,
         epoch_samples: int,
+        *,
+        num_workers: int,
+        **workers: Any,
     ) -> None:
         self._batches = epoch_samples // (batch_size * stream.nodes)
         if epoch_samples and not self._batches:
@@ -348,7 +350,9 @@ class ShardBatches:
         self._account = stream.account.again(self._batches * batch_size or None)
         self._left_out: Counter[str] = Counter()  # since the last batch
         num_workers = min(num_workers, stream.shards_here)
-        self._loader = worker_loader(self._share, num_workers, pin_memory, batch_size=None)
+        self._loader = worker_loader(
+            self._share, num_workers=num_workers, batch_size=None, **workers
+        )
 
     def __len__(self) -> int:
         if not self._batches:
@@ -393,8 +397,20 @@ class ShardBatches:
 _loaders: WeakSet[DataLoader] = WeakSet()
 
 
-def worker_loader(dataset: Dataset, num_workers: int, pin_memory: bool, **options) -> DataLoader:
-    """How every `DataLoader` is made here; what the dataset gives is sent as it is."""
+def worker_loader(
+    dataset: Dataset,
+    *,
+    num_workers: int,
+    pin_memory: bool = False,
+    items_ahead: int = 1,
+    **options: Any,
+) -> DataLoader:
+    """How every `DataLoader` is made here; what the dataset gives is sent as it is.
+
+    The workers make at least `items_ahead` before they are asked for.
+    """
+    if num_workers:
+        options["prefetch_factor"] = max(2, math.ceil(items_ahead / num_workers))
     loader = DataLoader(
         dataset,
         num_workers=num_workers,

@@ -205,8 +205,7 @@ def _prepared(
     """All samples behind `start`, in order, made in several processes."""
     loader = worker_loader(
         _Worker(source, (config.image_width, config.image_height), config.resize_ratio),
-        num_workers,
-        pin_memory=False,
+        num_workers=num_workers,
         batch_sampler=_Messages(source, start, rest),
     )
     for message in loader:

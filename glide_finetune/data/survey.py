@@ -91,7 +91,7 @@ def survey(dataset: TextImageDataset | ShardStream, num_workers: int) -> Survey:
     else:
         result.of = len(dataset)
         looks, places = _FolderLooks(dataset), _spread(len(dataset), MOST_SAMPLES)
-    loader = worker_loader(looks, num_workers, pin_memory=False, batch_size=16, sampler=places)
+    loader = worker_loader(looks, num_workers=num_workers, batch_size=16, sampler=places)
     collector = _Collector(result, recipe)
     with tqdm(
         desc="looking at the data", total=places and len(places), unit="sample", disable=None
