@@ -67,21 +67,15 @@ def is_time(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def groups_of(size: int, items: Iterable) -> Iterator[list]:
-    """Lists of `size` successive items; the last one may be shorter."""
+def groups_of(size: int, items: Iterable) -> Iterator[tuple[list, bool]]:
+    """Lists of `size` successive items, the last of which may be shorter, each with whether it is
+    the last; so one item behind it is fetched first."""
     iterator = iter(items)
-    while group := list(itertools.islice(iterator, size)):
-        yield group
-
-
-def with_last(items: Iterable) -> Iterator[tuple[Any, bool]]:
-    """Each item with whether it is the last; so the one behind it is fetched first."""
-    iterator = iter(items)
-    for item in iterator:
-        for following in iterator:
-            yield item, False
-            item = following
-        yield item, True
+    following = list(itertools.islice(iterator, 1))
+    while following:
+        group = following + list(itertools.islice(iterator, size - 1))
+        following = list(itertools.islice(iterator, 1))
+        yield group, not following
 
 
 def image_count(batches: list) -> int:

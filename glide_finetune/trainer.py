@@ -41,7 +41,6 @@ from glide_finetune.steps import (
     image_count,
     is_time,
     sample_keys,
-    with_last,
 )
 from glide_finetune.weights import WeightsError, read_weights
 from glide_text2im.gaussian_diffusion import GaussianDiffusion
@@ -189,7 +188,7 @@ class Trainer:
         timer = StepTimer(loader)
         groups = groups_of(self.config.gradient_accumulation_steps, timer)
         state_bytes = training_state_bytes(self.model.parameters(), self.ema is not None)
-        for batches, ends_epoch in with_last(groups):
+        for batches, ends_epoch in groups:
             with out_of_memory_explained(
                 self.config, self.progress.step + 1, state_bytes, self.device
             ):
@@ -250,8 +249,12 @@ class Trainer:
 
     def _set_learning_rate(self) -> float:
         """Set that of every parameter group for this step; returns the first one's."""
+        first, total = self.progress.first_step, self._total_steps
         factor = learning_rate_factor(
-            self.progress.step, self.config.lr_schedule, self.config.warmup_steps, self._total_steps
+            self.progress.step - first,
+            self.config.lr_schedule,
+            self.config.warmup_steps,
+            total and total - first,
         )
         for group, rate in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
             group["lr"] = rate * factor
@@ -383,7 +386,7 @@ class Trainer:
         """Go on from a checkpoint whose weights the model already has.
 
         A `new_run` takes optimizer, loss scale, average and the count of steps, but begins with
-        its own first epoch.
+        its own first epoch, its own schedule of learning rates and its own idea of usual losses.
 
         Raises:
             ValueError: the training state is damaged or belongs to other parameters.
@@ -396,7 +399,7 @@ class Trainer:
             if self.ema and files.ema:
                 self.ema.load(read_weights(files.ema), state["ema_updates"])
             progress = Progress(**state["progress"])
-            if "bad_steps" in state:  # which older versions did not keep
+            if "bad_steps" in state and not new_run:  # older versions did not keep them
                 self._bad_steps.load_state_dict(state["bad_steps"])
         except (LookupError, TypeError, AttributeError):
             raise WeightsError(

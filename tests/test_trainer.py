@@ -17,6 +17,7 @@ from glide_finetune.data.dataloading import Batch
 from glide_finetune.glide_finetune import base_train_step
 from glide_finetune.memory import OutOfMemory
 from glide_finetune.metrics import MetricsLog, read_metrics
+from glide_finetune.optimization import learning_rate_factor
 from glide_finetune.steps import Progress, StepTimer
 from glide_finetune.weights import read_weights
 from tiny_training import (
@@ -283,6 +284,9 @@ def test_a_loss_spike_is_skipped_once_the_loss_has_settled(tmp_path, monkeypatch
     assert again.train_step([spike]) == metrics
     without_limit = resumed(tmp_path, learning_rate=1e-6)
     assert without_limit.train_step([spike])["skipped_steps"] == 0
+    on_other_data = tiny_trainer(tmp_path, **settings)
+    on_other_data.restore(newest_checkpoint(tmp_path), new_run=True)
+    assert on_other_data.train_step([spike])["skipped_steps"] == 0
 
 
 def test_spikes_in_a_row_stop_a_run_with_advice(tmp_path, monkeypatch):
@@ -510,15 +514,20 @@ def test_a_new_run_takes_the_state_and_the_count_of_steps_but_goes_through_its_o
         (tmp_path / name).mkdir()
     old = tiny_trainer(tmp_path / "old", epochs=1, ema_rate=0.9)
     old.train(Batches(3))
-    new = tiny_trainer(tmp_path / "new", epochs=2, ema_rate=0.9, lr_schedule="cosine")
+    new = tiny_trainer(
+        tmp_path / "new", epochs=2, ema_rate=0.9, lr_schedule="cosine", warmup_steps=2
+    )
     files = newest_checkpoint(tmp_path / "old")
     new.model.load_state_dict(read_weights(files.weights))
     new.restore(files, new_run=True)
     assert_same_weights(read_moments(new), read_moments(old))
     assert new.ema.updates == 3
     loader = Batches(2)
+    new.log = MetricsLog(tmp_path / "new")
     new.train(loader)
     assert loader.given == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    rates = [line["lr"] for line in read_metrics(tmp_path / "new")]
+    assert rates == [1e-3 * learning_rate_factor(step, "cosine", 2, 4) for step in range(4)]
     assert new.progress == Progress(epoch=2, step=7, first_step=3, images=8)
     assert [path.name for path in (tmp_path / "new").glob("glide*7.pt")] == ["glide-ft-2x7.pt"]
     # and so does one that goes on with it
