@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glide_finetune.checkpoints import prune, save_checkpoint
+from glide_finetune.checkpoints import delete_unfinished, prune, save_checkpoint
 from glide_finetune.memory import available_memory
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class CheckpointWriter:
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._unfinished: tuple[int, int] | None = None  # (epoch, step) of the last if it failed
 
     def save(self, **checkpoint: Any) -> None:
         """Write a checkpoint with the arguments of `save_checkpoint`, after `wait`.
@@ -76,7 +77,11 @@ class CheckpointWriter:
     def _write(self, checkpoint: Mapping[str, Any]) -> None:
         self._error = None
         try:
+            if self._unfinished:  # else one after the other they would fill a disk for good
+                delete_unfinished(self.run_dir, *self._unfinished)
+            self._unfinished = (checkpoint["epoch"], checkpoint["step"])
             save_checkpoint(self.run_dir, **checkpoint)
+            self._unfinished = None
         except Exception as error:  # anything else would end the thread unheard
             self._error = error
             logger.error("%s", error, exc_info=not isinstance(error, OSError))

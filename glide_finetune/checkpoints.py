@@ -97,6 +97,41 @@ def newest_checkpoint(run_dir: Path) -> CheckpointFiles | None:
     return max(_whole_checkpoints(run_dir), key=_age, default=None)
 
 
+def damaged_checkpoints(run_dir: Path) -> dict[Path, str]:
+    """The weights files of checkpoints that were whole once and are newer than the newest that is,
+    oldest first, each with what its checkpoint lacks.
+
+    One that was never finished is none of them: a process killed in mid-write leaves such a one.
+    """
+    newest = newest_checkpoint(run_dir)
+    found, undescribed = {}, {}
+    for path in run_dir.iterdir():
+        for role in ("weights", "description"):
+            if match := _PATTERNS[role].fullmatch(path.name):
+                epoch, step = int(match[1]), int(match[2])
+                paths = _paths(run_dir, epoch, step)
+                if newest and (step, epoch) <= _age(newest):
+                    continue
+                if paths["description"].exists():
+                    found[step, epoch] = paths["weights"], _damage(paths["description"])
+                else:
+                    undescribed[step, epoch] = (
+                        paths["weights"],
+                        f"{paths['description'].name} is missing",
+                    )
+    if undescribed:
+        del undescribed[max(undescribed)]
+    return dict(checkpoint for _, checkpoint in sorted((found | undescribed).items()))
+
+
+def delete_unfinished(run_dir: Path, epoch: int, step: int) -> None:
+    """Delete what `save_checkpoint` has left of one that it could not write."""
+    paths = _paths(run_dir, epoch, step)
+    if not paths["description"].exists():
+        for path in paths.values():
+            path.unlink(missing_ok=True)
+
+
 def files_beside(weights: Path) -> CheckpointFiles:
     """The checkpoint that a weights file belongs to, whole or not.
 
@@ -163,6 +198,20 @@ def _if_whole(description_path: Path) -> CheckpointFiles | None:
     except (ValueError, TypeError, LookupError, AttributeError, OSError):
         pass  # cut off, edited by hand, or half deleted
     return None
+
+
+def _damage(description_path: Path) -> str:
+    """What is wrong with a checkpoint that is not whole."""
+    try:
+        files = read_json(description_path)["files"].values()
+        for path, size in ((description_path.with_name(f["name"]), f["bytes"]) for f in files):
+            if not path.exists():
+                return f"{path.name} is missing"
+            if path.stat().st_size != size:
+                return f"{path.name} has {path.stat().st_size} bytes instead of {size}"
+    except (ValueError, TypeError, LookupError, AttributeError, OSError):
+        pass
+    return f"{description_path.name} is damaged"
 
 
 def _plain_tree(value: Any, where: str) -> Any:

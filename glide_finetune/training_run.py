@@ -15,7 +15,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from glide_finetune import demo
 from glide_finetune.atomic_files import read_json, remove_temporary
-from glide_finetune.checkpoints import CheckpointFiles, files_beside, newest_checkpoint
+from glide_finetune.checkpoints import (
+    CheckpointFiles,
+    damaged_checkpoints,
+    files_beside,
+    newest_checkpoint,
+)
 from glide_finetune.config import DATA, TRAINING, TrainConfig, recorded
 from glide_finetune.fp16_util import keep_in_bf16
 from glide_finetune.glide_util import load_model, read_image
@@ -266,6 +271,9 @@ def find_origin(config: TrainConfig, start: Start) -> Origin:
 
     Args:
         start: what `--resume_ckpt` of `config` means.
+
+    Raises:
+        ValueError: the run has checkpoints, but all of them are damaged.
     """
     settings: dict[str, Any] = {}
     first = {"resume_ckpt": "", "weights_only": config.weights_only}
@@ -274,10 +282,31 @@ def find_origin(config: TrainConfig, start: Start) -> Origin:
     if start.run_dir and (start.run_dir / ARGS_NAME).exists():
         settings = read_args(start.run_dir)
         first = {name: settings.get(name, value) for name, value in first.items()}
-    if start.run_dir and (own := newest_checkpoint(start.run_dir)):
-        return Origin(start.run_dir, own, True, first, settings)
+    if start.run_dir:
+        own = newest_checkpoint(start.run_dir)
+        _tell_of_damage(start.run_dir, own)
+        if own:
+            return Origin(start.run_dir, own, True, first, settings)
     given = files_beside(Path(first["resume_ckpt"])) if first["resume_ckpt"] else None
     return Origin(start.run_dir, given, False, first, settings)
+
+
+def _tell_of_damage(run_dir: Path, own: CheckpointFiles | None) -> None:
+    damaged = damaged_checkpoints(run_dir)
+    if not damaged:
+        return
+    told = "; ".join(f"of {weights.name}, {damage}" for weights, damage in damaged.items())
+    if own:
+        logger.warning(
+            "the run goes on from step %d, since newer checkpoints are damaged: %s", own.step, told
+        )
+        return
+    weights = next((path for path in reversed(damaged) if path.exists()), None)
+    instead = f"start a new run with --resume_ckpt {weights}, " if weights else ""
+    raise ValueError(
+        f"{run_dir} has no checkpoint that is whole: {told}; put back what is missing, {instead}or "
+        "delete its checkpoints to train it from its beginning"
+    )
 
 
 def is_widened(checkpoint: CheckpointFiles | None, config: TrainConfig) -> bool:

@@ -1,5 +1,6 @@
 """Checkpoints that are written while training goes on."""
 
+import errno
 import logging
 import threading
 
@@ -100,6 +101,27 @@ def test_a_checkpoint_that_fails_is_an_error_in_the_log_and_the_next_one_is_trie
     writer.save(**checkpoint(2, torch.ones(3)))
     assert writer.wait() is None
     assert newest_checkpoint(run).step == 2
+
+
+def test_checkpoints_that_fail_one_after_the_other_do_not_fill_the_disk(tmp_path, monkeypatch):
+    writer = CheckpointWriter(tmp_path, keep=1)
+    save, full = torch.save, iter([False, True, False, True])
+
+    def save_while_there_is_room(content, file):
+        if next(full, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", save_while_there_is_room)
+    for step in (1, 2):
+        writer.save(**checkpoint(step, torch.ones(3)) | {"ema_state": None})
+        assert isinstance(writer.wait(), OSError)
+    # the newest weights stay, which may be all that there is of a long run
+    assert [path.name for path in tmp_path.iterdir()] == ["glide-ft-0x2.pt"]
+    writer.save(**checkpoint(3, torch.ones(3)))
+    assert writer.wait() is None
+    assert newest_checkpoint(tmp_path).step == 3
+    assert not list(tmp_path.glob("*0x2*"))
 
 
 def test_a_mistake_of_ours_is_not_lost_in_the_thread(tmp_path, caplog):

@@ -16,6 +16,7 @@ import torch
 
 from glide_finetune.atomic_files import atomic_file, remove_temporary
 from glide_finetune.checkpoints import (
+    damaged_checkpoints,
     files_beside,
     newest_checkpoint,
     prune,
@@ -179,6 +180,26 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, spoil):
     save(tmp_path, 2)
     spoil(tmp_path)
     assert_whole(newest_checkpoint(tmp_path), 1)
+
+
+def test_damaged_checkpoints_are_told_and_unfinished_ones_are_none(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        save(tmp_path, step)
+    assert damaged_checkpoints(tmp_path) == {}
+    (tmp_path / "glide-ft-0x5.json").unlink()  # killed before it was written
+    (tmp_path / "glide-ft-0x1.json").unlink()  # killed while it was deleted
+    assert damaged_checkpoints(tmp_path) == {}
+    (tmp_path / "training-state-0x4.pt").unlink()
+    os.truncate(tmp_path / "glide-ft-0x3-ema.pt", 100)
+    (tmp_path / "glide-ft-0x2.json").write_text("{")
+    (tmp_path / "glide-ft-0x1.json").unlink(missing_ok=True)
+    size = (tmp_path / "glide-ft-0x4-ema.pt").stat().st_size
+    assert [(path.name, damage) for path, damage in damaged_checkpoints(tmp_path).items()] == [
+        ("glide-ft-0x1.pt", "glide-ft-0x1.json is missing"),
+        ("glide-ft-0x2.pt", "glide-ft-0x2.json is damaged"),
+        ("glide-ft-0x3.pt", f"glide-ft-0x3-ema.pt has 100 bytes instead of {size}"),
+        ("glide-ft-0x4.pt", "training-state-0x4.pt is missing"),
+    ]
 
 
 def test_saving_the_same_step_again_replaces_it(tmp_path):

@@ -341,6 +341,22 @@ class TestResuming:
         assert newest_checkpoint(run).step == 8
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_run_whose_checkpoints_are_damaged_is_left_alone(self, place, whole, capsys, caplog):
+        run = as_if_killed(whole, place / "damaged" / "0000", 14)
+        (run / "training-state-2x14.pt").unlink()
+        assert main(["--resume_ckpt", str(run), "--max_steps", "8", "--log_frequency", "0"]) == 0
+        assert "goes on from step 7, since newer checkpoints are damaged: of glide" in caplog.text
+        for path in run.glob("training-state-*"):
+            path.unlink()
+        (run / ".lock").unlink()
+        before = {path.name: path.read_bytes() for path in run.iterdir()}
+        assert main(["--resume_ckpt", str(run)]) == 1
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert "of glide-ft-1x8.pt, training-state-1x8.pt is missing" in message
+        assert f"a new run with --resume_ckpt {run / 'glide-ft-2x14.pt'}" in message
+        (run / ".lock").unlink()
+        assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
     def test_a_run_without_a_checkpoint_begins_again_as_it_began(self, place, whole, caplog):
         caplog.set_level(logging.INFO)
         given = str(whole / "glide-ft-1x7.pt")
