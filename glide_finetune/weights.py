@@ -71,7 +71,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if (
             isinstance(state, Mapping)
             and state
-            and all(isinstance(tensor, Tensor) for tensor in state.values())
+            and all(isinstance(name, str) for name in state)
+            and all(_is_plain(tensor) for tensor in state.values())
         ):
             return {_plain_name(name): tensor for name, tensor in state.items()}
     found = f"a {type(content).__name__}"
@@ -178,19 +179,26 @@ def build_and_load(
 def check_fit(model: nn.Module, weights: Mapping[str, Tensor], label: str) -> None:
     """WeightsError, calling the weights `label`, unless they have the model's names and shapes."""
     wanted = model.state_dict()
+    there = [(name, weights[name], tensor) for name, tensor in wanted.items() if name in weights]
     differences = [
-        f"{name} has shape {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in weights and weights[name].shape != tensor.shape
+        f"{name} has shape {tuple(given.shape)} instead of {tuple(tensor.shape)}"
+        for name, given, tensor in there
+        if given.shape != tensor.shape
+    ]
+    other_numbers = [
+        f"{name} is {given.dtype} instead of {tensor.dtype}"
+        for name, given, tensor in there
+        if given.is_floating_point() != tensor.is_floating_point()
     ]
     missing = [name for name in wanted if name not in weights]
     unexpected = [name for name in weights if name not in wanted]
-    if not (differences or missing or unexpected):
+    if not (differences or other_numbers or missing or unexpected):
         return
     details = "; ".join(
         f"{len(found)} {what}, first {found[0]}"
         for what, found in (
             ("of another shape", differences),
+            ("of another kind of numbers", other_numbers),
             ("missing", missing),
             ("unexpected", unexpected),
         )
@@ -205,6 +213,12 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor], label: str) -> No
     else:
         advice = "make the model with the options (preset, sizes) that the weights were made with"
     raise WeightsError(f"{label} does not fit the model ({details}): {advice}")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor whose numbers are all there."""
+    is_dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return is_dense and not (value.is_meta or value.is_quantized)
 
 
 def _plain_name(name: str) -> str:

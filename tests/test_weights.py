@@ -175,6 +175,9 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
         ([torch.zeros(2)], "a list"),
         ({}, "a dict"),
         (torch.zeros(3), "a Tensor"),
+        ({1: torch.zeros(3)}, "a dict with the keys 1"),
+        ({"0.weight": torch.zeros(3).to_sparse()}, "a dict with the keys '0.weight'"),
+        ({"0.weight": torch.zeros(3, device="meta")}, "a dict with the keys '0.weight'"),
     ],
 )
 def test_files_without_a_state_dict_tell_what_they_hold(tmp_path, content, found):
@@ -208,6 +211,15 @@ def test_a_mismatch_names_the_file_and_the_first_keys(tmp_path):
     assert "0.weight has shape (4, 3, 1, 1) instead of (4, 3, 3, 3)" in message
     assert "1 missing, first 1.bias" in message
     assert "1 unexpected, first 3.extra" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_numbers_that_are_no_weights_are_refused(tmp_path, dtype):
+    state = make_model().state_dict()
+    state["1.bias"] = state["1.bias"].to(dtype)
+    torch.save(state, tmp_path / "w.pt")
+    message = error_of(build_and_load, make_model, tmp_path / "w.pt")
+    assert f"1.bias is {dtype} instead of torch.float32" in message
 
 
 @pytest.mark.parametrize("kind", ["base", "upsample", "base-inpaint", "upsample-inpaint"])
