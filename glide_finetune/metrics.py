@@ -177,10 +177,10 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
-            int(record["step"])
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, RecursionError):
             continue
-        found.append((line, record))
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            found.append((line, record))
     return found
 
 

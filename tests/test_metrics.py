@@ -80,6 +80,17 @@ def test_a_torn_last_line_is_dropped(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
 
 
+@pytest.mark.parametrize(
+    "line", ['{"step": "3"}', '{"step": Infinity}', '{"loss": 1}', "[1]", "3", "[" * 100_000]
+)
+def test_lines_that_are_none_of_ours_are_dropped(tmp_path, line):
+    write_steps(tmp_path, range(1, 4))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(line + "\n")
+    write_steps(tmp_path, [4], resume_step=3)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
 def test_a_run_that_begins_again_begins_its_file_again(tmp_path):
     write_steps(tmp_path, range(1, 4))
     write_steps(tmp_path, [1])
