@@ -39,9 +39,14 @@ def batch_losses(
         inpaint_mask: for an inpainting model, float32 (B, 1, H, W), 1 where a pixel is known; None
             draws `random_masks`.
         vlb_weight, loss_weighting: as in `training_losses`.
+
+    Raises:
+        ValueError: the noise has another shape than the images.
     """
     tensors = [part.to(device, non_blocking=True) for part in batch if isinstance(part, Tensor)]
     tokens, mask, *low_res, images = tensors
+    if noise is not None and noise.shape != images.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, the images {tuple(images.shape)}")
     if timesteps is None:
         timesteps = torch.randint(0, diffusion.num_timesteps, (len(images),), device=device)
     timesteps = timesteps.to(device)

@@ -47,7 +47,13 @@ def base_train_step(
 
     Returns:
         The mean loss, a float32 scalar.
+
+    Raises:
+        ValueError: a timestep is out of range, or the noise has another shape than the images.
     """
+    last = glide_diffusion.num_timesteps - 1
+    if timesteps is not None and not 0 <= timesteps.min() <= timesteps.max() <= last:
+        raise ValueError(f"timesteps are {timesteps.tolist()}: give some from 0 to {last}")
     losses, _ = batch_losses(
         glide_model, glide_diffusion, batch, device, timesteps=timesteps, noise=noise,
         inpaint_mask=inpaint_mask, vlb_weight=vlb_weight, loss_weighting=loss_weighting,
@@ -124,13 +130,25 @@ def run_glide_finetune_epoch(
         vlb_weight, max_grad_norm: as the flags of train_glide.py.
 
     Raises:
-        ValueError: the dataloader is empty.
+        ValueError: the dataloader is empty, or arguments contradict each other or the model.
         TrainingDiverged: the loss has not been finite for many steps.
     """
+    if train_upsample != glide_options["super_res"]:
+        raise ValueError(
+            f"train_upsample is {train_upsample}, but the model is "
+            f"{'an upsampler' if glide_options['super_res'] else 'a base model'}"
+        )
+    accumulation = gradient_accumualation_steps
+    if gradient_accumulation_steps is not None:
+        if accumulation not in (1, gradient_accumulation_steps):
+            raise ValueError("gradient_accumulation_steps is given twice, in both spellings")
+        accumulation = gradient_accumulation_steps
+    if accumulation < 1:
+        raise ValueError(f"gradient_accumulation_steps is {accumulation}: give 1 or more")
     use_fp16 = glide_options["use_fp16"]
     config = TrainConfig(
         epochs=epoch + 1,
-        gradient_accumulation_steps=gradient_accumulation_steps or gradient_accumualation_steps,
+        gradient_accumulation_steps=accumulation,
         vlb_weight=vlb_weight,
         max_grad_norm=max_grad_norm,
         use_fp16=use_fp16,

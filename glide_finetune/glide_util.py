@@ -262,7 +262,15 @@ def sample(
     for what, share in (("guidance_rescale", guidance_rescale), ("threshold", threshold)):
         if not 0 <= share <= 1:
             raise ValueError(f"{what} is {share}: give a number from 0 to 1")
+    if glide_options.get("super_res", upsample_enabled) != upsample_enabled:
+        kind = "a base model" if upsample_enabled else "an upsampler"
+        raise ValueError(f"upsample_enabled is {upsample_enabled}, but the model is {kind}")
+    for what, number in (("batch_size", batch_size), ("side_x", side_x), ("side_y", side_y)):
+        if number < 1:
+            raise ValueError(f"{what} is {number}: give 1 or more")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ValueError("there is no caption: give prompt a text, which may be empty, or several")
     captions = [caption for caption in prompts for _ in range(batch_size)]
     count = len(captions)
     if seeds is not None and len(seeds) != count:

@@ -255,6 +255,37 @@ def test_an_empty_loader_is_a_clear_error(tmp_path):
         run_epoch(tmp_path, [])
 
 
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"train_upsample": True}, "train_upsample is True, but the model is a base model"),
+        (
+            {"gradient_accumualation_steps": 2, "gradient_accumulation_steps": 3},
+            "is given twice",
+        ),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
+    ],
+)
+def test_arguments_of_an_epoch_that_contradict_each_other_are_refused(tmp_path, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        run_epoch(tmp_path, loader(), **keywords)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("timestep", [-1, 1000])
+def test_timesteps_out_of_range_are_refused(timestep):
+    model, diffusion, _ = tiny_model()
+    timesteps = torch.tensor([0, 1, timestep, 999])
+    with pytest.raises(ValueError, match="give some from 0 to 999"):
+        base_train_step(model, diffusion, tiny_batch(4), "cpu", timesteps=timesteps)
+
+
+def test_noise_of_another_shape_is_refused():
+    model, diffusion, _ = tiny_model()
+    with pytest.raises(ValueError, match=r"noise has shape \(4, 3, 1, 1\), the images"):
+        base_train_step(model, diffusion, tiny_batch(4), "cpu", noise=torch.zeros(4, 3, 1, 1))
+
+
 # ---------------------------------------------------------------------------------- train_util
 
 

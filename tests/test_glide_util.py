@@ -345,6 +345,30 @@ def test_an_upsampler_without_an_image_is_a_clear_error():
         draw(model, options, upsample_enabled=True)
 
 
+@pytest.mark.parametrize(
+    ("kind", "keywords", "message"),
+    [
+        ("base", {"batch_size": 0}, "batch_size is 0"),
+        ("base", {"side_x": 0}, "side_x is 0"),
+        ("base", {"prompt": []}, "there is no caption"),
+        ("base", {"upsample_enabled": True}, "upsample_enabled is True, but the model is a base"),
+        ("upsample", {}, "upsample_enabled is False, but the model is an upsampler"),
+    ],
+)
+def test_what_cannot_be_drawn_is_a_clear_error(kind, keywords, message):
+    model, _, options = tiny_model(kind)
+    with pytest.raises(ValueError, match=message):
+        draw(model, options, **keywords)
+
+
+def test_a_respacing_may_be_a_number():
+    model, _, options = tiny_model()
+    torch.manual_seed(0)
+    text = sample(model, options, SIDE, SIDE, prediction_respacing="3")
+    torch.manual_seed(0)
+    assert torch.equal(sample(model, options, SIDE, SIDE, prediction_respacing=3), text)
+
+
 def test_a_wrong_number_of_low_res_images_is_a_clear_error():
     model, _, options = tiny_model("upsample")
     with pytest.raises(ValueError, match="holds 2 images for 3 to draw: give 1 or 3"):

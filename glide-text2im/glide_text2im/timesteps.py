@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 FAST27 = "10,10,3,2,2"  # from GLIDE's upsampler: dense where the image forms, at little noise
 
 
-def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
+def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int]) -> set[int]:
     """The timesteps to keep out of `num_timesteps`.
 
     `section_counts` is one of
         "10,15,20" or [10, 15, 20]: as many sections of equal length, so many timesteps of each,
-            evenly spaced from its first to its last; "100": one section. Counts below 1 keep none.
+            evenly spaced from its first to its last; "100" or 100: one section. Counts below 1
+            keep none.
         "ddimN": N timesteps 0, s, 2s, ... with a whole stride s, as in DDIM.
         "fast27": "10,10,3,2,2" with the last timestep n - 1 replaced by n - 3.
 
@@ -23,6 +24,8 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
         return kept - {num_timesteps - 1} | {num_timesteps - 3}
     if isinstance(section_counts, str) and section_counts.startswith("ddim"):
         return _strided(num_timesteps, _count(section_counts, section_counts[len("ddim") :]))
+    if isinstance(section_counts, int):
+        section_counts = [section_counts]
     if isinstance(section_counts, str):
         section_counts = [_count(section_counts, part) for part in section_counts.split(",")]
 
