@@ -68,7 +68,7 @@ _LEAST = sys.float_info.min
 _FROM_ONE = Range(1, _MOST, "a number of at least 1")
 _FROM_ZERO = Range(0, _MOST, "a number of at least 0")
 RANGES: dict[str, Range] = {
-    "batch_size": _FROM_ONE,
+    "batch_size": Range(1, 2**16, f"a number from 1 to {2**16}"),
     "gradient_accumulation_steps": _FROM_ONE,
     "epochs": _FROM_ONE,
     "test_batch_size": _FROM_ONE,
@@ -253,6 +253,15 @@ def check_files(config: TrainConfig) -> None:
         if path != made_later.get(name) and (path or name == "data_dir"):
             _check_data(config, name, path)
     check_writable("checkpoints_dir", config.checkpoints_dir)
+    if not (config.use_captions or config.use_webdataset):
+        data, runs = (
+            Path(p).expanduser().resolve() for p in (config.data_dir, config.checkpoints_dir)
+        )
+        if runs.is_relative_to(data):
+            raise ConfigError(
+                f"--checkpoints_dir: {runs} lies in the data, and without captions the samples "
+                "that are drawn there would be trained on; give a folder elsewhere"
+            )
 
 
 def _check_image(path: Path) -> None:

@@ -180,8 +180,9 @@ def check_options(options: dict[str, Any]) -> None:
         ValueError: about the first that cannot work.
     """
     for key in ("image_size", "num_channels", "num_res_blocks", "diffusion_steps", "text_ctx"):
-        if options[key] < 1:
-            raise ValueError(f"{key} is {options[key]}; give a number of at least 1")
+        least = 2 if key == "diffusion_steps" else 1
+        if options[key] < least:
+            raise ValueError(f"{key} is {options[key]}; give a number of at least {least}")
     if not 0 <= options["dropout"] < 1:
         raise ValueError(f"dropout is {options['dropout']}; give a number of at least 0, below 1")
     if options["noise_schedule"] not in NOISE_SCHEDULES:

@@ -1,6 +1,7 @@
 """The data of a run: batches to train on, images to validate on, one to draw samples from."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from glide_finetune.data.dataloading import (
 from glide_finetune.data.shards import shard_names
 from glide_finetune.loader import TextImageDataset
 from glide_finetune.wds_loader import ShardStream, glide_wds_loader
+
+logger = logging.getLogger(__name__)
 
 Split = Callable[[TextImageDataset, float, int], tuple[TextImageDataset, TextImageDataset]]
 
@@ -72,6 +75,11 @@ def make_training_data(
     # So that wrong keys, and filters that let nothing pass, are found before anything else is made.
     for dataset in filter(None, (training, validation)):
         example = next(iter(dataset.for_evaluation()))
+    if not isinstance(training, ShardStream) and len(training) < config.batch_size:
+        logger.warning(
+            "--batch_size is %d, but there are %d samples: a batch holds them several times, in "
+            "other crops", config.batch_size, len(training),
+        )  # fmt: skip
     loader = make_dataloader(
         training,
         config.batch_size,

@@ -218,6 +218,13 @@ def sheet_of(monkeypatch, capsys, *argv: str) -> tuple[Image.Image, list[str], t
         return sheet.copy(), captions, batch
 
 
+def test_a_batch_that_is_larger_than_the_data_is_told(capsys, caplog):
+    write_folder(20)
+    config = parse_config([*SMALL, "--data_dir", "data", "--batch_size", "40"])
+    make_training_data(config, "cpu")
+    assert "--batch_size is 40, but there are 20 samples" in caplog.text
+
+
 def test_the_picture_shows_what_training_begins_with(capsys, monkeypatch):
     write_folder(20)
     for path in Path("data").glob("*.txt"):
