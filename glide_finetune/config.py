@@ -374,7 +374,7 @@ def read_prompts(config: TrainConfig) -> list[str]:
         ConfigError: the file cannot be read or holds none.
     """
     if not config.prompt_file:
-        return [config.test_prompt]
+        return [text_of("test_prompt", config.test_prompt)]
     return read_lines("prompt_file", config.prompt_file, "prompt")
 
 
@@ -387,6 +387,19 @@ def read_skip_words(config: TrainConfig) -> list[str]:
     if not config.wds_skip_words:
         return []
     return read_lines("wds_skip_words", config.wds_skip_words, "word")
+
+
+def text_of(name: str, text: str) -> str:
+    """What the flag `name` gives.
+
+    Raises:
+        ConfigError: it holds bytes that are no text, as a command line may.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(f"--{name} is {text!r}, which is not UTF-8") from None
+    return text
 
 
 def read_lines(name: str, file: str, what: str) -> list[str]:

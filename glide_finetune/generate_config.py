@@ -20,6 +20,7 @@ from glide_finetune.config import (
     check_saved,
     flag,
     read_lines,
+    text_of,
 )
 from glide_finetune.config_checks import (
     Range,
@@ -94,8 +95,8 @@ class GenerateConfig:
     upsample_steps: str = flag("fast27", group=UPSAMPLER, metavar="N", help="as --steps")
     upsample_temp: float = flag(0.997, group=UPSAMPLER, metavar="T",
         help="temperature of the start noise")
-    upscale_factor: int = flag(4, "-upscale", group=UPSAMPLER, metavar="N",
-        help="how many times larger its picture is")
+    upscale_factor: int = flag(0, "-upscale", group=UPSAMPLER, metavar="N",
+        help="how many times larger its picture is (default: as trained, 4 for OpenAI's)")
 
     inpaint_image: str = flag("", group=INPAINTING, metavar="FILE",
         help="a picture to paint on, which models of the inpainting kinds can; what is not "
@@ -133,7 +134,7 @@ class GenerateConfig:
             return read_lines("prompt_file", self.prompt_file, "prompt")
         if not self.prompt:
             raise ConfigError("there is no caption: give --prompt or --prompt_file")
-        return list(self.prompt)
+        return [text_of("prompt", text) for text in self.prompt]
 
     def settings(self) -> dict[str, Any]:
         """What a picture depends on beside its prompt and its seed."""
@@ -152,7 +153,7 @@ _SHARE = Range(0, 1, "a number from 0 to 1")
 RANGES = {
     "num_images": _FROM_ONE,
     "batch_size": _FROM_ONE,
-    "upscale_factor": _FROM_ONE,
+    "upscale_factor": _FROM_ZERO,
     "seed": Range(0, 2**63 - 1, "a number from 0 to 2^63 - 1"),
     "guidance_scale": _FROM_ZERO,
     "guidance_rescale": _SHARE,
@@ -176,6 +177,12 @@ def check(config: GenerateConfig) -> None:
     check_choices(config)
     check_ranges(vars(config), RANGES)
     check_device(config.device)
+    text_of("negative_prompt", config.negative_prompt)
+    if config.seed + config.num_images > 2**63:
+        raise ConfigError(
+            f"--seed is {config.seed}, which leaves no seeds for {config.num_images} pictures; "
+            "give a lower one"
+        )
     if bool(config.inpaint_image) != bool(config.inpaint_mask):
         raise ConfigError("--inpaint_image and --inpaint_mask go together: give both")
     for model, kind, steps in (

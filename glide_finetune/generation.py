@@ -22,6 +22,7 @@ from PIL import Image, PngImagePlugin
 from torch import nn
 
 from glide_finetune import weights
+from glide_finetune.atomic_files import name_file
 from glide_finetune.checkpoints import newest_checkpoint
 from glide_finetune.clip_weights import read_clip, used_clip
 from glide_finetune.data import images
@@ -42,6 +43,7 @@ from glide_text2im.clip.model_creation import CLIPModel
 
 logger = logging.getLogger(__name__)
 
+RELEASED_UPSCALE_FACTOR = 4
 MOST_SHOWN_OF_CUT = 80  # characters of the end of a caption that is too long
 MOST_IN_GRID = 256  # pictures; a grid of thousands could not be looked at, nor always be held
 
@@ -133,6 +135,11 @@ class Painter:
             if stage and sampler == "ddpm" and stage.model.variance_is_stale:
                 logger.info("%s: %s", stage.source, STALE_VARIANCE)  # here once, not in every pass
         self.size = self._base_size()
+        self.upscale_factor = (
+            config.upscale_factor
+            or (self.upsampler and _trained(self.upsampler).get("upscale_factor"))
+            or RELEASED_UPSCALE_FACTOR
+        )
         clip_files = used_clip(config.clip) if config.clip else []
         self.clip = load_clip(clip_files, self.size, self.device) if clip_files else None
         self.settings = replace(
@@ -144,6 +151,7 @@ class Painter:
             inpaint_mask=_absolute(config.inpaint_mask),
             side_x=self.size[0],
             side_y=self.size[1],
+            upscale_factor=self.upscale_factor,
         ).settings()
 
     def draw(self, prompts: list[str], seeds: list[int]) -> torch.Tensor:
@@ -202,8 +210,8 @@ class Painter:
             return sample(
                 self.upsampler.model,
                 self.upsampler.options,
-                width * config.upscale_factor,
-                height * config.upscale_factor,
+                width * self.upscale_factor,
+                height * self.upscale_factor,
                 prompts,
                 device=self.device,
                 prediction_respacing=config.upsample_steps,
@@ -247,15 +255,20 @@ class Painter:
 
     def _base_size(self) -> tuple[int, int]:
         """(width, height) of base pictures: as asked, as trained, or as the model's options say."""
-        trained: dict[str, Any] = {}
-        if self.base.source != RELEASED:
-            with contextlib.suppress(ValueError):  # no file of a run
-                trained = read_args(Path(self.base.source).parent)
+        trained = _trained(self.base)
         width, height = (
             getattr(self.config, name) or trained.get(name) or self.base.options["image_size"]
             for name in ("side_x", "side_y")
         )
         return width, height
+
+
+def _trained(stage: Stage) -> dict[str, Any]:
+    """The settings of the run that the model comes from, as far as it comes from one."""
+    if stage.source != RELEASED:
+        with contextlib.suppress(ValueError):  # no file of a run
+            return read_args(Path(stage.source).parent)
+    return {}
 
 
 def load_stage(name: str, source: str, stage: str, inpainting: str | bool = False) -> Stage:
@@ -337,8 +350,9 @@ def write_numbered(folder: Path, prefix: str, picture: Image.Image, text: dict[s
         try:
             with file:
                 picture.save(file, "PNG", pnginfo=info)
-        except BaseException:  # a full disk, Ctrl-C
+        except BaseException as error:  # a full disk, Ctrl-C
             path.unlink()
+            name_file(error, path)
             raise
         return path
 

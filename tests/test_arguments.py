@@ -359,6 +359,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "--max_grad_norm inf": ("--max_grad_norm is inf",),
     "--vlb_weight -inf": ("--vlb_weight",),
     "--seed 99999999999999999999": ("--seed",),
+    "--batch_size 50000000": ("--batch_size is 50000000; give a number from 1 to 65536",),
     # words of the wrong kind
     "--batch_size four": ("--batch_size", "four"),
     "--batch_size 1.5": ("--batch_size", "1.5"),
@@ -385,6 +386,13 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "--image_to_upsample {}/good/cat.jpg": ("--image_to_upsample", "--train_upsample"),
     "--weights_only": ("--weights_only", "--resume_ckpt FILE.pt"),
     "--weights_only --resume_ckpt {}/run": ("--weights_only", "--resume_ckpt FILE.pt"),
+    "--no-use_captions --data_dir {}/good --checkpoints_dir {}/good/runs": (
+        "--checkpoints_dir",
+        "lies in the data",
+        "a folder elsewhere",
+    ),
+    "--test_prompt caf\udce9": ("--test_prompt is 'caf\\udce9', which is not UTF-8",),
+    "--model_options diffusion_steps=1": ("diffusion_steps is 1; give a number of at least 2",),
     # data
     "--data_dir {}/missing": ("--data_dir", "missing", "does not exist"),
     "--data_dir {}/good/cat.jpg": ("--data_dir", "cat.jpg", "is a file"),

@@ -1,5 +1,6 @@
 """Generating pictures: the command, its mistakes, what it writes, and that it can be repeated."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -353,6 +354,9 @@ MISTAKES = {
     "clip": (["--clip", "{}"], "there is no file {}/clip_image_enc.pt"),
     "clips": (["--clip", "a", "b", "c"], "--clip has 3 paths"),
     "device": (["--device", "gpu"], "--device is 'gpu'"),
+    "prompt": (["--prompt", "caf\udce9"], "--prompt is 'caf\\udce9', which is not UTF-8"),
+    "negative": (["--negative_prompt", "\udce9"], "--negative_prompt is '\\udce9', which is not"),
+    "last seed": (["--seed", str(2**63 - 1), "-n", "2"], "leaves no seeds for 2 pictures"),
     "again": (["--again", "{}/wide.png"], "wide.png does not tell how it was drawn"),
     "output": (["--output_dir", "{}/blank.txt"], "--output_dir: {}/blank.txt is a file"),
     **{
@@ -404,6 +408,27 @@ def test_what_only_the_files_tell_is_one_line_too(odd, tmp_path, capsys, flags, 
     flags = ["--prompt", "a", "--output_dir", str(tmp_path), "--device", "cpu", *flags]
     assert main(flags) == status
     assert message in told(capsys)
+
+
+def test_an_upsampler_enlarges_as_it_was_trained_to(runs, tmp_path):
+    folder = write_run(tmp_path / "by_two", "upsample")
+    write_args(folder, {"upscale_factor": 2, "model_options": {}})
+    for settings, factor in (
+        ({"upsampler": str(folder)}, 2),
+        ({"upsampler": str(folder), "upscale_factor": 3}, 3),
+        ({"upsampler": str(runs / "upsample")}, 4),
+    ):
+        (path,) = generate(config_of(runs, tmp_path / "out", **settings))
+        assert pixels(path).shape == (factor * SIDE, factor * SIDE, 3)
+        assert json.loads(text_of(path)["settings"])["upscale_factor"] == factor
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*00000\.png'"):
+        write_numbered(tmp_path, "", Image.new("RGB", (4, 4)), {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_plain_weights_of_the_other_stage_are_told_apart(tmp_path, capsys):
