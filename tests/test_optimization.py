@@ -129,6 +129,28 @@ def test_a_restored_optimizer_goes_on_with_the_same_moments():
     assert_same_weights(layer2.state_dict(), layer.state_dict())
 
 
+def test_steps_are_those_of_adamw_whatever_lies_how_in_memory():
+    torch.manual_seed(0)
+    ours = nn.Sequential(Conv2d(4, 8, 3), Conv2d(8, 6, 1), nn.Flatten(), nn.Linear(54, 5))
+    plain = copy.deepcopy(ours)
+    optimizers = [
+        make_optimizer(ours, 1e-2, 0.1),
+        torch.optim.AdamW(plain.parameters(), 1e-2, weight_decay=0.1, foreach=False),
+    ]
+    images = torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+    for _ in range(3):
+        for layers, optimizer in zip((ours, plain), optimizers, strict=True):
+            layers(images).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for one, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    for index, state in states[1].items():
+        for name, want in state.items():
+            assert torch.allclose(states[0][index][name], want, rtol=1e-4, atol=1e-6)
+
+
 def test_moments_of_a_file_are_laid_out_in_memory_as_their_parameters():
     layer = Conv2d(4, 8, 3)
     optimizer = make_optimizer(layer, 1e-2, 0.0)
