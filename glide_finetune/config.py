@@ -310,7 +310,10 @@ def check_saved(
         fields: those of the settings, by their names.
     """
     if unknown := saved.keys() - fields.keys():
-        raise ConfigError(f"--{name}: {path} holds unknown settings: {', '.join(sorted(unknown))}")
+        raise ConfigError(
+            f"--{name}: {path} holds unknown settings: {', '.join(sorted(unknown))}; use the "
+            "program and version that wrote it, or take them out"
+        )
     for setting, value in saved.items():
         types = types_of(fields[setting])
         if type(value) not in types and not (float in types and type(value) is int):

@@ -10,8 +10,9 @@ from torch import nn
 
 from glide_finetune.batch_losses import batch_losses
 from glide_finetune.config import TrainConfig
-from glide_finetune.glide_util import read_image, seeded
+from glide_finetune.glide_util import read_image
 from glide_finetune.metrics import MetricsLog, read_metrics
+from glide_finetune.random_state import seeded
 from glide_finetune.samples import SampleDrawer
 from glide_finetune.steps import Progress
 from glide_finetune.trainer import Trainer

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from glide_finetune.atomic_files import atomic_file
 from glide_finetune.config import TrainConfig, read_prompts
 from glide_finetune.data import images
-from glide_finetune.glide_util import PICTURES_A_PASS, random_state_kept, sample
+from glide_finetune.glide_util import PICTURES_A_PASS, sample
+from glide_finetune.random_state import random_state_kept
 from glide_finetune.seeds import derived_seed
 
 if TYPE_CHECKING:

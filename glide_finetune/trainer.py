@@ -23,7 +23,6 @@ from glide_finetune.checkpoints import CheckpointFiles, read_training_state
 from glide_finetune.config import TrainConfig
 from glide_finetune.ema import EMA
 from glide_finetune.fp16_util import Precision
-from glide_finetune.glide_util import seed_draws
 from glide_finetune.memory import (
     is_out_of_memory,
     out_of_memory_explained,
@@ -32,6 +31,7 @@ from glide_finetune.memory import (
 )
 from glide_finetune.metrics import MetricsLog
 from glide_finetune.optimization import clip_gradients, learning_rate_factor, restore_optimizer
+from glide_finetune.random_state import seed_draws
 from glide_finetune.seeds import derived_seed
 from glide_finetune.step_display import StepDisplay
 from glide_finetune.steps import (

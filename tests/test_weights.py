@@ -168,6 +168,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
     assert "is a folder" in error_of(read_weights, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 @pytest.mark.parametrize(
     ("content", "found"),
     [
