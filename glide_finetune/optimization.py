@@ -61,8 +61,14 @@ class _FusedAdamWOnCPU(torch.optim.AdamW):
         result = super()._init_group(group, *lists, **keywords)
         for tensors in lists:
             if isinstance(tensors, list):
-                tensors[:] = [t.permute(0, 2, 3, 1) if t.ndim == 4 else t for t in tensors]
+                tensors[:] = map(_in_memory_order, tensors)
         return result
+
+
+def _in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or one that shares its memory and is contiguous if it is channels-last."""
+    is_channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.permute(0, 2, 3, 1) if is_channels_last else tensor
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

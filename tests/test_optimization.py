@@ -131,7 +131,9 @@ def test_a_restored_optimizer_goes_on_with_the_same_moments():
 
 def test_steps_are_those_of_adamw_whatever_lies_how_in_memory():
     torch.manual_seed(0)
-    ours = nn.Sequential(Conv2d(4, 8, 3), Conv2d(8, 6, 1), nn.Flatten(), nn.Linear(54, 5))
+    ours = nn.Sequential(
+        Conv2d(4, 8, 3), Conv2d(8, 6, 1), nn.Conv2d(6, 6, 2), nn.Flatten(), nn.Linear(24, 5)
+    )
     plain = copy.deepcopy(ours)
     optimizers = [
         make_optimizer(ours, 1e-2, 0.1),
