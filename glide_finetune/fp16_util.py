@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from glide_text2im.nn import without_autocast
+from glide_text2im import nn as glide_nn
 
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,6 +32,16 @@ class Precision:
 
     name: str
     device: torch.device
+
+    @property
+    def advice(self) -> str:
+        """A line for the user about a precision that the device is not made for; "" for others."""
+        if self.device.type != "cpu" or AUTOCAST_DTYPES[self.name] not in glide_nn.SLOW_ON_CPU:
+            return ""
+        return (
+            f"--precision {self.name}: this processor has no instructions for it and multiplies "
+            "in float32; fp32 is a little faster here and more exact"
+        )
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context for forward passes and losses; the backward pass follows by itself."""
@@ -55,7 +65,7 @@ class Precision:
         compiled = torch.compile(forward, dynamic=False, backend=backend)
 
         def network(*args: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
-            with without_autocast(self.device.type):
+            with glide_nn.without_autocast(self.device.type):
                 return compiled(*args, **conditions)
 
         network.inpaints = model.inpaints  # which the loss looks at

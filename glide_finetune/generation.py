@@ -121,6 +121,8 @@ class Painter:
         self.config = config
         self.device = pick_device(config.device)
         self._precision = Precision(config.precision, self.device)
+        if advice := self._precision.advice:
+            logger.info("%s", advice)
         pick_sampler(config.sampler, bool(config.clip), bool(config.threshold))
         self.base = load_stage("base", config.base, "base", config.inpaint_image)
         self.upsampler: Stage | None = None

@@ -354,6 +354,8 @@ def announce(trainer: Trainer, data: TrainingData) -> None:
         trainer.config.model_type, count / 1e6, trainable / 1e6,
         trainer.config.precision, trainer.device,
     )  # fmt: skip
+    if advice := trainer.precision.advice:
+        logger.info("%s", advice)
     logger.info("data: %s", data.description)
     warn_of_little_memory(trainer)
     logger.info("run: %s, from step %d", trainer.run_folder, trainer.progress.step)

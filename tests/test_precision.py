@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glide_finetune.fp16_util import Precision
+from glide_finetune.fp16_util import AUTOCAST_DTYPES, Precision
 from glide_finetune.glide_util import sample, sampling_mode
 from glide_text2im import nn
 from tiny_training import (
@@ -176,6 +176,14 @@ LAYERS = {
     "linear": (lambda: nn.Linear(4, 8), (2, 4)),
     "pointwise": (lambda: nn.PointwiseConv1d(4, 8), (2, 5, 4)),
 }
+
+
+def test_such_a_cpu_is_told(half):
+    (name,) = (name for name, dtype in AUTOCAST_DTYPES.items() if dtype == half)
+    cpu = torch.device("cpu")
+    assert f"--precision {name}: this processor has no" in Precision(name, cpu).advice
+    assert Precision("fp32", cpu).advice == ""
+    assert Precision(name, torch.device("cuda")).advice == ""
 
 
 @pytest.mark.parametrize("layer", LAYERS)
