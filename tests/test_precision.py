@@ -171,6 +171,25 @@ def half(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.parametrize(
+    ("onednn", "avx512", "avx512_bf16", "slow"),
+    [
+        (False, False, False, True),
+        (True, True, False, True),  # multiplied by way of float32, number by number
+        (True, True, True, False),
+        (True, False, False, False),  # ARM with instructions for it
+    ],
+)
+def test_bf16_is_slow_where_the_cpu_has_no_instructions_for_it(
+    monkeypatch, onednn, avx512, avx512_bf16, slow
+):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    assert (torch.bfloat16 in nn._slow_on_this_cpu()) is slow
+
+
 LAYERS = {
     "conv": (lambda: nn.Conv2d(4, 8, 3), (2, 4, 5, 5)),
     "linear": (lambda: nn.Linear(4, 8), (2, 4)),

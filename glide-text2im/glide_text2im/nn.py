@@ -72,11 +72,13 @@ def cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _slow_on_this_cpu() -> set[torch.dtype]:
-    """The dtypes that torch multiplies number by number here, for want of vector instructions."""
+    """The dtypes that torch multiplies without instructions for them here."""
     found = {torch.bfloat16: False, torch.float16: False}
     if torch.backends.mkldnn.is_available():
         found[torch.bfloat16] = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         found[torch.float16] = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    if torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported():
+        found[torch.bfloat16] = False  # oneDNN calls it supported, and takes four times as long
     return {dtype for dtype, is_supported in found.items() if not is_supported}
 
 
@@ -86,8 +88,8 @@ SLOW_ON_CPU = _slow_on_this_cpu()
 def multiply(product: Callable[..., Tensor], x: Tensor, *parameters: Tensor | None) -> Tensor:
     """product(x, *parameters), all of them in the dtype of x, or of autocast where that is on.
 
-    On a CPU without instructions for that dtype, which would take ten times as long, they are
-    multiplied in float32 and the product is rounded.
+    On a CPU without instructions for that dtype, which would take several times as long, they
+    are multiplied in float32 and the product is rounded.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if _autocast_enabled(kind) else x.dtype
