@@ -25,6 +25,7 @@ from glide_finetune.batch_losses import batch_losses
 from glide_finetune.config import TrainConfig
 from glide_finetune.ema import EMA
 from glide_finetune.fp16_util import Precision, keep_in_bf16
+from glide_finetune.heap import Heap
 from glide_finetune.memory import (
     bytes_in_use,
     out_of_memory_explained,
@@ -39,12 +40,6 @@ from glide_finetune.training_run import find_origin, glide_job, go_on
 from glide_text2im.model_creation import create_model_and_diffusion
 
 logger = logging.getLogger(__name__)
-
-# In main memory tensors take more than their bytes: what is freed leaves holes in the heap, and
-# oneDNN keeps copies in its own layouts. Measured: about half of what lives at the peak, up to a
-# bound.
-SHARE_OF_HOLES = 0.5
-MOST_HOLES = 600_000_000
 
 MOST_PASSES = 2  # of a measured step; those of gradient accumulation beyond them are alike
 WHOLE_STEPS = 2  # the first one also warms up
@@ -87,6 +82,13 @@ class LiveMemory(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._alive: set[int] = set()
+        self._heap = Heap()
+        self._freed: list[int] = []  # places in the heap; garbage collection comes at any time
+
+    @property
+    def peak_with_holes(self) -> int:
+        """The most bytes of main memory that they have taken, with the holes between them."""
+        return self._heap.peak
 
     def __torch_dispatch__(
         self, function: Callable, types: Sequence[type], args: tuple = (), kwargs: Any = None
@@ -98,13 +100,17 @@ class LiveMemory(TorchDispatchMode):
             if key not in given and key not in self._alive:
                 self._alive.add(key)
                 self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, key, storage.nbytes())
+                while self._freed:
+                    self._heap.free(self._freed.pop())
+                place = self._heap.allocate(storage.nbytes())
+                weakref.finalize(storage, self._free, key, storage.nbytes(), place)
         self.peak = max(self.peak, self.now)
         return result
 
-    def _free(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: int, place: int) -> None:
         self._alive.remove(key)
         self.now -= size
+        self._freed.append(place)
 
 
 def _storages(value: Any) -> list[torch.UntypedStorage]:
@@ -116,12 +122,9 @@ def forecast(config: TrainConfig, device: torch.device) -> Memory:
     """What a step of a run with these settings will take, which neither takes memory nor draws
     random numbers. On a CPU the process is taken as it is now."""
     with FakeTensorMode(), torch.device(device):
-        memory, live_peak = _step_on_paper(config, device)
-    program = 0
-    if device.type != "cuda":
-        live_peak += min(MOST_HOLES, int(SHARE_OF_HOLES * live_peak))
-        program = bytes_in_use(device)
-    return replace(memory, activations=live_peak - memory.gradients, program=program)
+        memory, peak = _step_on_paper(config, device)
+    program = bytes_in_use(device) if device.type != "cuda" else 0
+    return replace(memory, activations=peak - memory.gradients, program=program)
 
 
 def _step_on_paper(config: TrainConfig, device: torch.device) -> tuple[Memory, int]:
@@ -159,7 +162,8 @@ def _step_on_paper(config: TrainConfig, device: torch.device) -> tuple[Memory, i
         optimizer.step()
         if ema:
             ema.update()
-    return state, live.peak + (state.gradients if accumulates else 0)
+    peak = live.peak if device.type == "cuda" else live.peak_with_holes
+    return state, peak + (state.gradients if accumulates else 0)
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -57,7 +57,7 @@ VARIANTS = [
 @pytest.mark.parametrize("words", VARIANTS)
 def test_the_forecast_is_what_the_tensors_of_a_second_step_take(words, monkeypatch):
     """All bytes are counted here; what a process takes for them is up to its allocator."""
-    monkeypatch.setattr(planner, "MOST_HOLES", 0)
+    monkeypatch.setattr(LiveMemory, "peak_with_holes", property(lambda live: live.peak))
     config = settings(words)
     expected = forecast(config, CPU)
     job = glide_job(config, Origin(), CPU)
