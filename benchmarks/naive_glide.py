@@ -53,14 +53,15 @@ def residual_block(block: ResidualBlock, x: Tensor, emb: Tensor, skip: Tensor | 
         h, x = block.resize(h), block.resize(x)
     h = convolve(h)
     emb = block.emb_layers(emb)[:, :, None, None]
-    norm, _, drop, convolve = block.out_layers
+    norm, _, dropout, convolve = block.out_layers
     if block.scale_shift:
         scale, shift = emb.chunk(2, dim=1)
         h = F.group_norm(h, norm.num_groups, norm.weight, norm.bias, norm.eps)
         h = F.silu(h * (1 + scale) + shift)
     else:
         h = norm(h + emb)
-    return block.skip_connection(x) + convolve(drop(h))
+    h = F.dropout(h, dropout.p, block.training)
+    return block.skip_connection(x) + convolve(h)
 
 
 def attention_block(block: AttentionBlock, x: Tensor, text: Tensor | None) -> Tensor:

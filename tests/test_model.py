@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from glide_text2im.defaults import downsampling_factor, model_and_diffusion_defaults
 from glide_text2im.model_creation import create_model
-from glide_text2im.nn import SHORT_ATTENTION, LayerNorm, attention
+from glide_text2im.nn import SHORT_ATTENTION, Dropout, LayerNorm, attention
 from glide_text2im.norm import GroupNorm
 from golden_data import fill
 
@@ -320,6 +320,36 @@ def test_the_group_norm_of_half_precision_images_accumulates_in_float32(precisio
     want = F.group_norm(x.double(), 32)
     assert got.dtype == precision
     torch.testing.assert_close(got.double(), want, atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_leaves_out_its_share_of_all_places_and_scales_the_rest(p, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(4, 32, 64, 64, dtype=dtype).to(memory_format=torch.channels_last)
+    dropout = Dropout(p)
+    got = dropout(x.requires_grad_())
+    assert torch.equal(torch.autograd.grad(got.sum(), x)[0], got)
+    torch.testing.assert_close(got[got > 0].unique(), torch.tensor([1 / (1 - p)], dtype=dtype))
+    dropped = (got == 0).permute(0, 2, 3, 1)
+    for axes in ((0, 1, 2), (1, 2, 3), (0, 1, 3)):  # of each channel, sample, column
+        shares = dropped.float().mean(dim=axes)
+        deviation = (p * (1 - p) * len(shares) / x.numel()) ** 0.5
+        assert (shares - p).abs().max() < 4 * deviation
+    neighbours = (dropped[..., 1:] & dropped[..., :-1]).float().mean()
+    assert neighbours == pytest.approx(p * p, rel=0.05)
+    assert not torch.equal(dropout(x), got)
+    assert dropout.eval()(x) is x
+
+
+def test_dropout_is_drawn_anew_from_the_same_seed_and_takes_views_with_gaps():
+    x, dropout = torch.randn(5, 6, 7)[:, ::2], Dropout(0.3)
+    torch.manual_seed(1)
+    first = dropout(x)
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x), first)
+    kept = first != 0
+    torch.testing.assert_close(first[kept], x[kept] / 0.7, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])

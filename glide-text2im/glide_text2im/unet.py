@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from glide_text2im.nn import (
     Conv2d,
+    Dropout,
     Linear,
     PointwiseConv1d,
     RecomputedModule,
@@ -69,7 +70,7 @@ class ResidualBlock(RecomputedModule):
             [
                 GroupNorm(out_channels, silu=True),
                 nn.Identity(),
-                nn.Dropout(dropout),
+                Dropout(dropout),
                 zeroed(Conv2d(out_channels, out_channels, 3, padding=1)),
             ]
         )
