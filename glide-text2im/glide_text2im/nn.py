@@ -214,11 +214,12 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         dropped = round(self.p * 2**16)
         scale = 2**16 / (2**16 - dropped) if dropped < 2**16 else 0.0
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        bits = words.view(torch.int16)[: x.numel()]
-        like = torch.empty_like(x)  # for the strides, as x may be a view with gaps
-        kept = (bits >= dropped - 2**15).as_strided(like.shape, like.stride())
-        return x * kept.to(x.dtype).mul_(scale)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        bits = words.random_(-(2**63), None).view(torch.int16)[: x.numel()]
+        kept = bits >= dropped - 2**15
+        del words, bits
+        strides = torch.empty_like(x, device="meta").stride()  # of a copy: x may have gaps
+        return x * kept.as_strided(x.shape, strides).to(x.dtype).mul_(scale)
 
 
 class RecomputedModule(nn.Module):
