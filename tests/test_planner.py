@@ -103,6 +103,15 @@ def test_what_is_freed_is_no_longer_counted_and_views_are_not_counted_twice():
     assert (after, live.now, live.peak) == (4 * 800, 0, 4 * 1800)
 
 
+def test_the_peak_on_a_cpu_has_the_holes_that_freed_tensors_leave():
+    with LiveMemory() as live:
+        first, second, third = (torch.zeros(1000) for _ in range(3))
+        del second
+        fourth = torch.zeros(1000)  # too long for the hole
+    assert live.now == live.peak == first.nbytes + third.nbytes + fourth.nbytes
+    assert 4 * 4000 < live.peak_with_holes < 4 * 4000 + 1000
+
+
 def test_measuring_finds_the_parts_of_the_forecast_and_the_length_of_the_run():
     config = settings("--batch_size 2 --ema_rate 0.9 --epochs 3 --lr_schedule cosine")
     measured = measure(config, CPU)
