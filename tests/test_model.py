@@ -290,12 +290,14 @@ def test_the_group_norm_equals_torchs_with_scale_shift_and_silu(memory_format):
         torch.testing.assert_close(a.double(), b.double(), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("side", [16, 64])
 @pytest.mark.parametrize("mean", [10, 100, 1000])
-def test_the_group_norm_is_as_accurate_as_torchs_where_the_mean_is_far_from_zero(mean):
+def test_the_group_norm_is_as_accurate_as_torchs_where_the_mean_is_far_from_zero(mean, side):
     torch.manual_seed(0)
     norm = fill(GroupNorm(64, silu=True))
-    x = (mean + torch.randn(2, 64, 16, 16)).to(memory_format=torch.channels_last).requires_grad_()
-    leaves, weights = [x, norm.weight, norm.bias], torch.randn(2, 64, 16, 16)
+    images = mean + torch.randn(2, 64, side, side)
+    x = images.to(memory_format=torch.channels_last).requires_grad_()
+    leaves, weights = [x, norm.weight, norm.bias], torch.randn(images.shape)
 
     def torchs(x, gain, offset):
         x = x.contiguous()  # since torch's kernel for channels-last memory loses many digits here
@@ -320,6 +322,29 @@ def test_the_group_norm_of_half_precision_images_accumulates_in_float32(precisio
     want = F.group_norm(x.double(), 32)
     assert got.dtype == precision
     torch.testing.assert_close(got.double(), want, atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("side", [6, 32])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_group_norm_of_bfloat16_images_rounds_only_its_results(side, memory_format):
+    torch.manual_seed(0)
+    norm = fill(GroupNorm(64, silu=True))
+    x = (3 * torch.randn(3, 64, side, side) + 5).bfloat16().to(memory_format=memory_format)
+    scale, shift = torch.randn(2, 3, 64).unbind()
+    leaves = [x.requires_grad_(), scale.requires_grad_(), shift.requires_grad_()]
+    weights = torch.randn(x.shape).bfloat16()
+    got = norm(*leaves)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    normed = F.group_norm(exact[0], 32, norm.weight.double(), norm.bias.double())
+    want = F.silu(normed * (1 + exact[1][..., None, None]) + exact[2][..., None, None])
+    assert got.dtype == torch.bfloat16
+    assert got.is_contiguous(memory_format=memory_format)
+    rounding = relative_error(want.bfloat16(), want)
+    assert relative_error(got, want) < 1.01 * rounding
+    gradients = torch.autograd.grad((got * weights).sum(), leaves)
+    want_gradients = torch.autograd.grad((want * weights.double()).sum(), exact)
+    for a, b in zip(gradients, want_gradients, strict=True):
+        assert relative_error(a, b) < 0.003
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
