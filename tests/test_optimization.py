@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from glide_finetune.optimization import (
+    clip_gradients,
     freeze,
     learning_rate_factor,
     make_optimizer,
@@ -206,3 +207,16 @@ def test_the_state_of_other_parameters_is_refused_with_advice():
     layer.bias.requires_grad_(False)
     with pytest.raises(ValueError, match="--weights_only"):
         restore_optimizer(make_optimizer(layer, 1e-2, 0.0), optimizer.state_dict())
+
+
+def test_the_norm_of_the_gradients_is_exact_for_large_ones_too():
+    """With as many rows as the text embedding has, like a convolution's in channels-last memory,
+    and of all numbers of axes."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((50257, 128), (192, 192, 3, 3), (512,), (64, 32, 1), (4, 0), ())
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    parameters[1].grad = parameters[1].grad.contiguous(memory_format=torch.channels_last)
+    exact = torch.cat([p.grad.double().flatten() for p in parameters]).norm().item()
+    assert clip_gradients(parameters, 1e6).item() == pytest.approx(exact, rel=1e-6)
