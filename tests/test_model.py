@@ -12,6 +12,7 @@ from glide_text2im.defaults import downsampling_factor, model_and_diffusion_defa
 from glide_text2im.model_creation import create_model
 from glide_text2im.nn import SHORT_ATTENTION, Dropout, LayerNorm, attention
 from glide_text2im.norm import GroupNorm
+from glide_text2im.unet import upsample
 from golden_data import fill
 
 DIFFUSION_OPTIONS = ("diffusion_steps", "noise_schedule", "timestep_respacing")
@@ -375,6 +376,18 @@ def test_dropout_is_drawn_anew_from_the_same_seed_and_takes_views_with_gaps():
     assert torch.equal(dropout(x), first)
     kept = first != 0
     torch.testing.assert_close(first[kept], x[kept] / 0.7, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_upsampling_repeats_pixels_and_adds_up_their_gradients(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, dtype=dtype).to(memory_format=torch.channels_last)
+    got = upsample(x.requires_grad_())
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(got, x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+    weights = torch.randn_like(got)
+    want = weights.double().unflatten(3, (5, 2)).unflatten(2, (4, 2)).sum(dim=(3, 5)).to(dtype)
+    torch.testing.assert_close(torch.autograd.grad((got * weights).sum(), x)[0], want)
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from glide_text2im.nn import (
     Conv2d,
@@ -25,8 +26,22 @@ from glide_text2im.nn import (
 from glide_text2im.norm import GroupNorm
 
 
+class _Upsample(torch.autograd.Function):
+    """Every pixel 2 x 2 times, in the memory layout of the images; its gradient is the sum over
+    those, in one pooling, since torch's compiler would add them up pixel by pixel."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        return F.avg_pool2d(grad, 2, divisor_override=1)
+
+
 def upsample(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    return _Upsample.apply(x)
 
 
 def downsample(x: Tensor) -> Tensor:
