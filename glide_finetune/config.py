@@ -171,7 +171,7 @@ class TrainConfig:
         help="compute activations again in the backward pass instead of keeping them")
     compile: bool = flag(False, group=MEMORY,
         help="compile the training step, which takes minutes at the start; results differ by "
-             "rounding, and dropout leaves out other numbers")
+             "rounding, and on CUDA dropout leaves out other numbers")
     device: str = flag("", "-dev", group=MEMORY, metavar="NAME",
         help="cpu, cuda, cuda:1 … (default: the best there is)")
     cudnn_benchmark: bool = flag(False, "-cudnn", group=MEMORY,

@@ -10,7 +10,7 @@ with its scores are float32 inside, whatever the dtype of their input, on every 
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -203,23 +203,44 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
 
 
+def _draw_kept(like: Tensor, stride: Sequence[int], dropped: int) -> Tensor:
+    """For each number of `like` 1 if 16 random bits are at least `dropped`, which is below 2^16,
+    else 0: uint8, which lies in memory as `stride` tells, without gaps."""
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    bits = words.random_(-(2**63), None).view(torch.int16)[: like.numel()]
+    kept = bits >= dropped - 2**15
+    # torch's compiler converts bytes to numbers in vectors, but not truth values.
+    return kept.view(torch.uint8).as_strided(like.shape, stride)
+
+
+# An operator, so that compiled code calls it, with the same results: torch's compiler would draw
+# other numbers, one at a time. It takes `like` itself, so that layers in a row draw in their order,
+# and the strides apart from it, since the compiler may lay out `like` anew where it is computed
+# again. A process can register it only once, though this module may be imported anew.
+if not hasattr(torch.ops.glide_text2im, "draw_kept"):
+    torch.library.define(
+        "glide_text2im::draw_kept",
+        "(Tensor like, SymInt[] stride, int dropped) -> Tensor",
+        tags=torch.Tag.nondeterministic_seeded,
+    )
+    torch.library.impl("glide_text2im::draw_kept", "cpu")(_draw_kept)
+    torch.library.register_fake("glide_text2im::draw_kept")(
+        lambda like, stride, dropped: like.new_empty_strided(like.shape, stride, dtype=torch.uint8)
+    )
+
+
 class Dropout(nn.Dropout):
     """Dropout that spends 16 random bits a number on a CPU, where torch's spends more time on
     them than a group norm takes. So `p` is rounded to 2^-16 there, for drawing and scaling alike.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        drops = self.training and self.p > 0
-        if not drops or x.device.type != "cpu" or torch.compiler.is_compiling():
+        dropped = round(self.p * 2**16) if self.training else 0
+        if dropped in (0, 2**16) or x.device.type != "cpu":
             return super().forward(x)
-        dropped = round(self.p * 2**16)
-        scale = 2**16 / (2**16 - dropped) if dropped < 2**16 else 0.0
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-        bits = words.random_(-(2**63), None).view(torch.int16)[: x.numel()]
-        kept = bits >= dropped - 2**15
-        del words, bits
-        strides = torch.empty_like(x, device="meta").stride()  # of a copy: x may have gaps
-        return x * kept.as_strided(x.shape, strides).to(x.dtype).mul_(scale)
+        stride = torch.empty_like(x, device="meta").stride()  # of a copy: x may have gaps
+        kept = torch.ops.glide_text2im.draw_kept(x.detach(), stride, dropped)
+        return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 class RecomputedModule(nn.Module):
