@@ -22,6 +22,7 @@ from glide_finetune.training_run import pick_device
 
 # The first pattern that is found in an operator's or a kernel's name tells what it is.
 KINDS = {
+    "fused by the compiler": r"CompiledFxGraph|cpp_fused|triton_(?!tem)",
     "convolution": r"conv|fprop|dgrad|wgrad",
     "attention": r"attention|flash|fmha",
     "matrix product": r"::(mm|addmm|bmm|baddbmm|linear|matmul)\b|gemm|mkl.*linear|cutlass|nvjet",
