@@ -62,14 +62,14 @@ class Precision:
             with self.autocast():
                 return model(*args, **conditions)
 
-        options = None
+        options = {}
         if backend == "inductor" and self.device.type == "cpu":
             # Else sums of few numbers, such as those over the channels of a group, are put into
             # every use of them, and the pixels that use them are no longer dealt with in vectors.
-            wanted = {"unroll_reductions_threshold": 1}
-            known = torch._inductor.list_options()  # which differ between versions of torch
-            options = {name: value for name, value in wanted.items() if name in known}
-        compiled = torch.compile(forward, dynamic=False, backend=backend, options=options)
+            option = "unroll_reductions_threshold"
+            if option in torch._inductor.list_options():  # of this version of torch
+                options[option] = 1
+        compiled = torch.compile(forward, dynamic=False, backend=backend, options=options or None)
 
         def network(*args: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
             with glide_nn.without_autocast(self.device.type):
