@@ -3,17 +3,20 @@
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from glide_finetune.arguments import parse_config
 from glide_finetune.prepare import main
 from glide_finetune.wds_loader import glide_wds_loader
 from stub_tokenizer import StubTokenizer, caption_of
@@ -366,9 +369,39 @@ def test_unreadable_samples_are_named_once_and_counted(tmp_path, caplog):
     assert "5 samples in" in caplog.text
     left_out = "left out: 1 unreadable captions, 1 unreadable images, 1 without a caption"
     assert left_out in caplog.text
-    assert "--wds_dataset_name generic" in caplog.text
     stats = json.loads((out / "00000_stats.json").read_text())
     assert [Path(skipped["name"]).name for skipped in stats["skipped"]] == ["000.jpg", "002.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        ((), {"wds_dataset_name": "generic"}),
+        (("--train_upsample", "--upscale_factor", "8"), {"train_upsample": True}),
+        (("--no-use_captions",), {"use_captions": False}),
+        (("--use_webdataset",), {"wds_dataset_name": "laion"}),  # else the unsafe come along
+        (("--use_webdataset", "--wds_dataset_name", "alamy"), {"wds_dataset_name": "alamy"}),
+    ],
+)
+def test_the_end_names_the_flags_that_train_on_the_shards_as_on_their_source(
+    tmp_path, caplog, flags, settings
+):
+    source, out = tmp_path / "in", tmp_path / "out put"
+    if "--use_webdataset" in flags:
+        metadata = {"NSFW": "UNLIKELY", "caption": "cat", "language": "en"}
+        sample = {"jpg": encoded(picture()), "txt": b"cat", "json": json.dumps(metadata).encode()}
+        write_shard(source / "0.tar", {"a": sample})
+    else:
+        write_folder(source, 1)
+    with caplog.at_level("INFO"):
+        prepare(source, out, *flags)
+    advice = caplog.records[-1].getMessage().removeprefix("train on them with ")
+    config = parse_config(shlex.split(advice))
+    assert config.data_dir == str(out)
+    assert config.use_webdataset
+    assert (config.side_x, config.side_y) == (16, 8)
+    assert config.upscale_factor == (8 if "--upscale_factor" in flags else 4)
+    assert config == replace(config, **settings)
 
 
 def test_where_nothing_can_be_used_one_line_says_so(tmp_path, capsys):

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import copy
@@ -30,7 +31,7 @@ from glide_finetune.atomic_files import (
     remove_temporary,
     write_json_atomic,
 )
-from glide_finetune.config import ConfigError, TrainConfig
+from glide_finetune.config import FIELDS, ConfigError, TrainConfig
 from glide_finetune.data.bad_samples import KINDS, BadSample, DataAccount, Tally, describe_counts
 from glide_finetune.data.dataloading import worker_loader
 from glide_finetune.data.folder_index import index_folder
@@ -182,7 +183,7 @@ def prepare(
     shards = _Shards(out, shard_size)
     if not shards.complete:
         _fill(shards, source, config, num_workers)
-    _report(out, shards, source, " --train_upsample" * config.train_upsample)
+    _report(out, shards, source, _training_flags(out, config))
 
 
 def _fill(shards: "_Shards", source: Source, config: TrainConfig, num_workers: int) -> None:
@@ -403,12 +404,24 @@ def _begin_or_go_on(out: Path, record: dict[str, Any]) -> None:
     remove_temporary(out)
 
 
-def _report(out: Path, shards: _Shards, source: Source, flags: str) -> None:
+def _training_flags(out: Path, config: TrainConfig) -> str:
+    """What trains on the shards as on their source; metadata are read as the source's are."""
+    dataset_name = config.wds_dataset_name if config.use_webdataset else "generic"
+    flags = ["--data_dir", str(out), "--use_webdataset", "--wds_dataset_name", dataset_name]
+    flags += ["--train_upsample"] * config.train_upsample
+    flags += ["--no-use_captions"] * (not config.use_captions)
+    for name in ("side_x", "side_y", "upscale_factor"):
+        value = getattr(config, name)
+        if value != FIELDS[name].default:
+            flags += [f"--{name}", str(value)]
+    return shlex.join(flags)
+
+
+def _report(out: Path, shards: _Shards, source: Source, training_flags: str) -> None:
     left_out = describe_counts(shards.left_out + source.left_out) or "nothing"
     if not shards.written:
         for path in out.glob("*_stats.json"):  # so that the next start looks again
             path.unlink()
         raise ValueError(f"no sample can be used; left out: {left_out}")
     logger.info("%d samples in %s; left out: %s", shards.written, out, left_out)
-    hint = "train on them with --data_dir %s --use_webdataset --wds_dataset_name generic%s"
-    logger.info(hint, out, flags)
+    logger.info("train on them with %s", training_flags)
