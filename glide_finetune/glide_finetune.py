@@ -124,7 +124,8 @@ def run_glide_finetune_epoch(
         log_frequency: steps between grids, 0 for none.
         wandb_run: takes the metrics and grids, if given: of `wandb_setup` or `wandb.init`.
         gradient_accumualation_steps: batches of an optimizer step; the right spelling works too.
-        epoch: counted from 0, for names, logs and `set_epoch`.
+        epoch: counted from 0, for logs and `set_epoch`; the checkpoint's name counts those that
+            are complete, this one included.
         train_upsample: the batches are (tokens, mask, low_res, images).
         upsample_factor: how many times larger than side_x and side_y the upsampler's images are.
         image_to_upsample: file for the upsampler's grids; without it there are none.

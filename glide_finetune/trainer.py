@@ -193,13 +193,18 @@ class Trainer:
                 self.config, self.progress.step + 1, state_bytes, self.device
             ):
                 metrics = self.train_step(batches) | timer.metrics(image_count(batches))
-            is_last = ends_epoch and self.progress.epoch + 1 >= self.config.epochs
-            self._after_step(metrics, is_last or self._made_max_steps(), display)
-            if self.reached_end() or self.stop_requested:
+            metrics["epoch"] = self.progress.epoch
+            if ends_epoch:
+                self._count_epoch()
+            self._after_step(metrics, self.reached_end(), display)
+            if ends_epoch or self.reached_end() or self.stop_requested:
                 return
             timer.start()
         if self.progress.batch == 0:
             raise ValueError("the data gave no batch: it is empty or everything was filtered out")
+        self._count_epoch()  # of which a resumed run found nothing left
+
+    def _count_epoch(self) -> None:
         self.progress.epoch += 1
         self.progress.batch = 0
 
@@ -270,7 +275,7 @@ class Trainer:
         step, config = self.progress.step, self.config
         validates = self._validate and (is_last or is_time(step, config.eval_interval))
         draws = self.draw_samples and (is_last or is_time(step, config.log_frequency))
-        all_metrics = metrics | {"epoch": self.progress.epoch, **peak_memory(self.device)}
+        all_metrics = metrics | peak_memory(self.device)
         if validates:
             all_metrics |= self._unless_stopping(self._validate) or {}
         self.log.log(all_metrics, step)
@@ -321,10 +326,8 @@ class Trainer:
 
     def reached_end(self) -> bool:
         """Whether the last step or epoch is made."""
-        return self._made_max_steps() or self.progress.epoch >= self.config.epochs
-
-    def _made_max_steps(self) -> bool:
-        return 0 < self.config.max_steps <= self.progress.step
+        made_max_steps = 0 < self.config.max_steps <= self.progress.step
+        return made_max_steps or self.progress.epoch >= self.config.epochs
 
     # ------------------------------------------------------------- checkpoints
     def save(self) -> None:
@@ -407,6 +410,8 @@ class Trainer:
                 "file beside it to start without"
             ) from None
         self._unreported = state.get("unreported")
+        if self._unreported:
+            self._unreported[0].setdefault("epoch", progress.epoch)  # as above
         saved_batch_size = state.get("batch_size", self.config.batch_size)
         progress.batch = progress.batch * saved_batch_size // self.config.batch_size
         if new_run:

@@ -365,8 +365,8 @@ def test_a_run_logs_saves_and_looks_at_its_samples_when_it_is_time(tmp_path):
     assert lines[-1]["images_per_second"] > 0
     assert lines[-1]["memory_gb"] > 0
     assert sorted(path.name for path in tmp_path.glob("glide-ft-*.pt")) == [
-        "glide-ft-0x5.pt",
-        "glide-ft-1x10.pt",
+        "glide-ft-1x5.pt",  # saved when its epoch is complete
+        "glide-ft-2x10.pt",
     ]
 
 
@@ -431,9 +431,13 @@ def test_data_without_a_batch_is_a_clear_error(tmp_path, kind):
         tiny_trainer(tmp_path).train(kind(0))
 
 
-def test_a_run_that_is_finished_says_so_and_stays_as_it_is(tmp_path, caplog):
-    trainer = tiny_trainer(tmp_path, epochs=1)
+@pytest.mark.parametrize("save_checkpoint_interval", [0, 2])
+def test_a_run_that_is_finished_says_so_and_stays_as_it_is(
+    tmp_path, caplog, save_checkpoint_interval
+):
+    trainer = tiny_trainer(tmp_path, epochs=1, save_checkpoint_interval=save_checkpoint_interval)
     trainer.train(Batches(2))
+    assert [path.name for path in tmp_path.glob("glide-ft-*.pt")] == ["glide-ft-1x2.pt"]
     again = resumed(tmp_path, epochs=1)
     loader = Batches(2)
     again.train(loader)
