@@ -113,8 +113,9 @@ def run_glide_finetune_epoch(
 
     Args:
         glide_model, glide_diffusion, glide_options: as `load_model` returns them.
-        dataloader: gives batches as the train steps above take them. If it or its `dataset` has
-            `set_epoch`, that is called, so that every epoch has other crops and captions.
+        dataloader: gives batches as the train steps above take them. If it or its dataset,
+            also within `Subset` and the like, has `set_epoch`, that is called, so that every epoch
+            has other crops and captions.
         optimizer: over the parameters that train; its learning rates are left as they are.
         sample_bs: pictures of each sample grid; sample_gs their guidance, sample_respacing their
             timesteps, prompt their caption.

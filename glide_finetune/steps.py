@@ -62,6 +62,16 @@ class StepTimer:
         }
 
 
+def set_epoch_of_datasets(holder: Any, epoch: int) -> None:
+    """Call `set_epoch` of all that a torch DataLoader draws from, through Subset, ConcatDataset
+    and whatever else has a `dataset` or `datasets`."""
+    for dataset in [getattr(holder, "dataset", None), *getattr(holder, "datasets", ())]:
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(epoch)
+        elif dataset is not None:
+            set_epoch_of_datasets(dataset, epoch)
+
+
 def is_time(step: int, interval: int) -> bool:
     """Whether something that happens every `interval` steps, 0 for never, happens after `step`."""
     return interval > 0 and step % interval == 0

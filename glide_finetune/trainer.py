@@ -41,6 +41,7 @@ from glide_finetune.steps import (
     image_count,
     is_time,
     sample_keys,
+    set_epoch_of_datasets,
 )
 from glide_finetune.weights import WeightsError, read_weights
 from glide_text2im.gaussian_diffusion import GaussianDiffusion
@@ -170,8 +171,8 @@ class Trainer:
         Args:
             loader: gives batches as `batch_losses` takes them; the keys of the samples, last in a
                 batch, name the samples of a step that is skipped. With `set_epoch(epoch,
-                start_batch)` it starts where a resumed run left off. Where it has none but its
-                `dataset` has `set_epoch(epoch)`, that is called.
+                start_batch)` it starts where a resumed run left off. Where it has none,
+                `set_epoch(epoch)` of its datasets is called, those inside of others included.
             display: shows the steps.
 
         Raises:
@@ -181,8 +182,8 @@ class Trainer:
         """
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.progress.epoch, start_batch=self.progress.batch)
-        elif hasattr(getattr(loader, "dataset", None), "set_epoch"):  # torch's DataLoader
-            loader.dataset.set_epoch(self.progress.epoch)
+        else:
+            set_epoch_of_datasets(loader, self.progress.epoch)
         self._total_steps = self.count_steps(loader)
         self.model.train()
         timer = StepTimer(loader)

@@ -548,7 +548,16 @@ def test_nothing_is_saved_where_no_step_was_made(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_loader_without_epochs_passes_them_on_to_its_dataset(tmp_path):
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda dataset: dataset,
+        lambda dataset: torch.utils.data.Subset(dataset, [0, 1]),
+        lambda dataset: torch.utils.data.ConcatDataset([torch.utils.data.Subset(dataset, [1])]),
+    ],
+    ids=["plain", "subset", "subset_in_concat"],
+)
+def test_a_loader_without_epochs_passes_them_on_to_its_dataset(tmp_path, wrap):
     epochs = []
 
     class Items(torch.utils.data.Dataset):
@@ -561,7 +570,8 @@ def test_a_loader_without_epochs_passes_them_on_to_its_dataset(tmp_path):
         def __getitem__(self, index):
             return tuple(part[0] for part in tiny_batch(1, seed=range(2)[index]))
 
-    tiny_trainer(tmp_path, epochs=3).train(torch.utils.data.DataLoader(Items(), batch_size=2))
+    loader = torch.utils.data.DataLoader(wrap(Items()), batch_size=2)
+    tiny_trainer(tmp_path, epochs=3).train(loader)
     assert epochs == [0, 1, 2]
 
 
