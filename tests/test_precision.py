@@ -1,5 +1,7 @@
 """Training in half precision."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -159,6 +161,29 @@ def test_weights_changed_between_two_samplings_count():
             for parameter in model.parameters():
                 parameter.mul_(1.1)
     assert not torch.equal(*passes)
+
+
+def test_copies_that_one_thread_keeps_serve_no_other(monkeypatch):
+    monkeypatch.setattr(nn, "SLOW_ON_CPU", set())
+    layer = nn.Linear(4, 4)
+    x = torch.ones(1, 4, dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def changed() -> torch.Tensor:
+        before = layer(x)
+        layer.weight.add_(1)
+        return layer(x) - before
+
+    def change_while_sampling() -> torch.Tensor:
+        with nn.weights_cast_once():
+            return changed()
+
+    with ThreadPoolExecutor(1) as other, nn.weights_cast_once():
+        layer(x)
+        assert (other.submit(changed).result() > 3).all()
+    with ThreadPoolExecutor(1) as other:
+        assert not other.submit(change_while_sampling).result().any()
+    assert (changed() > 3).all()
 
 
 # ------------------------------------------------------- CPUs without instructions for half of it

@@ -10,6 +10,7 @@ with its scores are float32 inside, whatever the dtype of their input, on every 
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -42,33 +43,38 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-# While `weights_cast_once` is open: the parameter, so that its id is not used again, and its copy.
-_casts: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None = None
+class _Casts(threading.local):
+    """What `weights_cast_once` keeps: the parameter, so that its id is not used again, and its
+    copy. Every thread has its own, since one may train what another has no reason to cast anew."""
+
+    kept: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None = None
+
+
+_casts = _Casts()
 
 
 @contextlib.contextmanager
 def weights_cast_once() -> Iterator[None]:
     """While open, layers keep the copies of their weights in another dtype from call to call.
 
-    For several passes without gradients, during which no weight changes. Copies of half
+    For passes of this thread without gradients; weights must not change inside. Copies of half
     precision take half the memory of float32 weights. They are dropped at the end.
     """
-    global _casts
-    before, _casts = _casts, {}
+    before, _casts.kept = _casts.kept, {}
     try:
         yield
     finally:
-        _casts = before
+        _casts.kept = before
 
 
 def cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """The parameter in `dtype`, itself if it has that."""
-    if _casts is None or parameter.dtype == dtype or torch.is_grad_enabled():
+    if parameter.dtype == dtype or torch.is_grad_enabled() or (kept := _casts.kept) is None:
         return parameter.to(dtype)
     key = (id(parameter), dtype)
-    if key not in _casts:
-        _casts[key] = (parameter, parameter.to(dtype))
-    return _casts[key][1]
+    if key not in kept:
+        kept[key] = (parameter, parameter.to(dtype))
+    return kept[key][1]
 
 
 def _slow_on_this_cpu() -> set[torch.dtype]:
