@@ -264,6 +264,37 @@ def test_the_text_cache_never_serves_a_call_that_needs_gradients():
     assert model(**other).isfinite().all()
 
 
+def test_the_text_cache_serves_every_precision_its_own():
+    model, batch = small_model(cache_text_emb=True).eval(), inputs()
+    with torch.no_grad():
+        want = model(**batch)
+        model.del_cache()
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(**batch)
+        assert not torch.equal(rounded, want)
+        assert torch.equal(model(**batch), want)
+
+
+def test_the_output_is_contiguous_as_code_that_views_it_expects():
+    model, batch = small_model(), inputs()
+    assert model(**batch).is_contiguous()
+    channels_last = batch["x"].to(memory_format=torch.channels_last)
+    assert model(**batch | {"x": channels_last}).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_head_channels": 48}, "num_head_channels is 48, which does not divide the 64"),
+        ({"num_head_channels": 128}, "num_head_channels is 128, which does not divide the 64"),
+        ({"num_head_channels": -1, "num_heads": 3}, "num_heads is 3, which does not divide"),
+    ],
+)
+def test_heads_that_do_not_divide_the_channels_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        small_model(**options)
+
+
 def test_the_tokenizer_of_a_model_makes_its_tokens():
     model = create_model(**MODEL_OPTIONS)
     tokens, mask = model.tokenizer.padded_tokens_and_mask(model.tokenizer.encode("a corgi"), 16)

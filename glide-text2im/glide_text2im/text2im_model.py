@@ -110,6 +110,7 @@ class Text2ImUNet(UNet):
         """Forget the text that `cache_text_emb` keeps."""
         self._cached_tokens: Tensor | None = None
         self._cached_text: dict[str, Tensor] = {}
+        self._cached_dtype: torch.dtype | None = None
 
     def get_text_emb(self, tokens: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """What the UNet reads of the captions.
@@ -127,7 +128,8 @@ class Text2ImUNet(UNet):
         tokens = tokens.long()
         # A result that gradients shall flow through is good for one backward pass only.
         use_cache = self.cache_text_emb and not torch.is_grad_enabled()
-        if use_cache and self._cached_tokens is not None:
+        dtype = self.dtype
+        if use_cache and dtype == self._cached_dtype:
             # the same tensor in all steps of a loop, which then need not wait for the device
             if tokens is not self._cached_tokens and not torch.equal(tokens, self._cached_tokens):
                 raise AssertionError(
@@ -135,7 +137,6 @@ class Text2ImUNet(UNet):
                 )
             return self._cached_text
 
-        dtype = self.dtype
         with without_autocast(tokens.device.type):
             # float32 like the rest of this sum, also where the weights are not
             x = self.token_embedding(tokens) + self.positional_embedding.float()
@@ -144,7 +145,7 @@ class Text2ImUNet(UNet):
             x = self.final_ln(self.transformer(x.to(dtype)))
             text = {"xf_proj": self.transformer_proj(x[:, -1]), "xf_out": x.transpose(1, 2)}
         if use_cache:
-            self._cached_tokens, self._cached_text = tokens, text
+            self._cached_tokens, self._cached_text, self._cached_dtype = tokens, text, dtype
         return text
 
     def forward(

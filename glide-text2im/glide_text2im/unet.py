@@ -223,8 +223,16 @@ class UNet(nn.Module):
             )
 
         def attention_block(channels: int, heads: int) -> AttentionBlock:
-            if num_head_channels != -1:
+            if num_head_channels == -1:
+                option, divisor = "num_heads", heads
+            else:
+                option, divisor = "num_head_channels", num_head_channels
                 heads = channels // num_head_channels
+            if channels % divisor:
+                raise ValueError(
+                    f"{option} is {divisor}, which does not divide the {channels} channels of an "
+                    "attention block"
+                )
             return AttentionBlock(channels, heads, text_width)
 
         self.time_embed = nn.Sequential(
@@ -326,7 +334,8 @@ class UNet(nn.Module):
         text_projection: Tensor | None = None,
         text: Tensor | None = None,
     ) -> Tensor:
-        """Noise and variance channels (batch, out_channels, height, width) in the dtype of x.
+        """Noise and variance channels (batch, out_channels, height, width) in the dtype of x,
+        contiguous.
 
         `text_projection` (batch, 4 * model_channels) is added to the time embedding, `text`
         (batch, positions, width) is what the attention blocks read. Raises ValueError for an image
@@ -351,4 +360,4 @@ class UNet(nn.Module):
             h = self.middle_block(h, emb, text)
             for stage in self.output_blocks:
                 h = stage(h, emb, text, skips.pop())
-            return self.out(h.to(x.dtype))
+            return self.out(h.to(x.dtype)).contiguous()  # callers may `view` it
