@@ -43,11 +43,9 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
         SystemExit: after `--help`, or with one line about the first mistake.
     """
     parser = build_parser()
-    typed, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(_unknown_flag(unknown[0]))
+    typed = vars(parser.parse_args(argv))
     try:
-        config = complete(TrainConfig(**_with_defaults(vars(typed))))
+        config = complete(TrainConfig(**_with_defaults(typed)))
         check(config)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
@@ -129,8 +127,22 @@ class Parser(argparse.ArgumentParser):
         """Leave with one line, without the usage, which would fill the screen."""
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
+    def parse_args(self, *args: Any, **keywords: Any) -> argparse.Namespace:
+        """As argparse does, but a word that is no flag is told with the flag that was meant."""
+        found, unknown = self.parse_known_args(*args, **keywords)
+        if unknown:
+            self.error(self._about(unknown[0]))
+        return found
 
-def build_parser() -> argparse.ArgumentParser:
+    def _about(self, word: str) -> str:
+        if not word.startswith("-"):
+            return f"{word!r} belongs to no flag; put quotes around what has spaces"
+        flags = [text for text in self._option_string_actions if text.startswith("--")]
+        near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+        return f"there is no flag {word}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def build_parser() -> Parser:
     """The parser of every flag, grouped by topic, each showing its default.
 
     What it returns has only the flags that are given.
@@ -208,8 +220,3 @@ class _Collect(argparse.Action):
         except ValueError as error:
             raise argparse.ArgumentError(self, str(error)) from None
         setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), **pairs})
-
-
-def _unknown_flag(text: str) -> str:
-    near = difflib.get_close_matches(text.split("=")[0], [f"--{name}" for name in FIELDS], n=1)
-    return f"there is no flag {text}" + (f"; did you mean {near[0]}?" if near else "")

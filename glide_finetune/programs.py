@@ -36,7 +36,8 @@ def run_program(
         other_weights: what to do instead where OpenAI's cannot be downloaded.
         after_interrupt: what is to be said after Ctrl-C.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
+    if hasattr(sys.stdout, "reconfigure"):  # what a caller put in its place need not have it
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     for package in ("glide_finetune", "glide_text2im"):
         logging.getLogger(package).setLevel(logging.INFO)

@@ -1,5 +1,7 @@
 """What all programs do alike: how they tell errors, and with which status they end."""
 
+import contextlib
+import io
 import os
 import platform
 import signal
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from glide_finetune import generate, noisy_clip_finetune, prepare
 from glide_finetune.bad_steps import TrainingDiverged
 from glide_finetune.config import ConfigError, TrainConfig
 from glide_finetune.memory import OutOfMemory
@@ -26,6 +29,34 @@ def ending_with(error):
         raise error
 
     return action
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "message"),
+    [
+        (generate.main, ["--promt", "a fox"], "no flag --promt; did you mean --prompt?"),
+        (
+            generate.main,
+            ["--output_dir", "my", "fox"],
+            "'fox' belongs to no flag; put quotes around",
+        ),
+        (prepare.main, ["--output_dir", "out", "--worker=2"], "did you mean --num_workers?"),
+        (noisy_clip_finetune.main, ["--freeze_txt"], "did you mean --freeze_text?"),
+    ],
+)
+def test_a_mistyped_flag_is_told_with_the_one_that_was_meant(main, argv, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_program_can_print_into_any_stream():
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert run_program("a.py", lambda: print("done") or 0) == 0
+    assert out.getvalue() == "done\n"
 
 
 def test_an_action_that_ends_gives_the_status(capsys):
