@@ -126,14 +126,19 @@ class ClipConfig(TrainConfig):
         return self.options["max_text_len"]
 
 
+_FOLLOW_FROM_OTHERS = ("side_x", "side_y", "use_fp16")
 _NOT_OF_CLIP = (
-    "demo", "use_captions", "uncond_p", "side_x", "side_y", "train_upsample", "train_inpaint",
-    "upscale_factor", "vlb_weight", "loss_weighting", "freeze_transformer", "freeze_diffusion",
-    "use_fp16", "activation_checkpointing", "low_memory", "compile", "log_frequency", "test_prompt",
+    "demo", "use_captions", "uncond_p", "train_upsample", "train_inpaint", "upscale_factor",
+    "vlb_weight", "loss_weighting", "freeze_transformer", "freeze_diffusion",
+    "activation_checkpointing", "low_memory", "compile", "log_frequency", "test_prompt",
     "prompt_file", "test_batch_size", "test_guidance_scale", "test_sampler", "image_to_upsample",
 )  # fmt: skip
 SETTINGS = {field.name: field for field in dataclasses.fields(ClipConfig)}
-FIELDS = {name: field for name, field in SETTINGS.items() if name not in _NOT_OF_CLIP}
+FIELDS = {
+    name: field
+    for name, field in SETTINGS.items()
+    if name not in (*_FOLLOW_FROM_OTHERS, *_NOT_OF_CLIP)
+}
 
 
 def parse_config(argv: Sequence[str] | None = None) -> ClipConfig:
@@ -234,7 +239,8 @@ def completed(config: ClipConfig) -> ClipConfig:
 
 
 def check(config: ClipConfig) -> None:
-    """Hold every setting against its range, the others and the files it names.
+    """Hold every setting against its range, the others and the files it names; those of
+    `TrainConfig` that are not for a CLIP against their defaults.
 
     Args:
         config: of `completed`.
@@ -242,6 +248,9 @@ def check(config: ClipConfig) -> None:
     Raises:
         ValueError: with one line about the first setting that cannot work.
     """
+    for name in _NOT_OF_CLIP:
+        if getattr(config, name) != SETTINGS[name].default:
+            raise ConfigError(f"{name} is not for a CLIP: leave it out")
     start = interpret_resume(config.resume_ckpt, config.checkpoints_dir)
     try:
         check_clip_options(config.options)

@@ -33,16 +33,7 @@ def finetune(config: ClipConfig) -> "Outcome":
     """
     config = completed(config)
     check(config)
-    # torch takes seconds to import, so it waits until the settings are known to be right
-    from glide_finetune.clip_weights import write_encoders
-    from glide_finetune.noisy_clip import clip_job
-    from glide_finetune.training_run import run
-
-    outcome = run(config, clip_job)
-    if written := write_encoders(outcome.run_folder):
-        names = ", ".join(path.name for path in written)
-        logger.info("in the form of OpenAI's files: %s", names)
-    return outcome
+    return _finetune(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,10 +45,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(argv)
     return run_program(
         config.program,
-        lambda: _dry_run(config) if config.dry_run else finetune(config).exit_status,
+        lambda: _dry_run(config) if config.dry_run else _finetune(config).exit_status,
         other_weights="start from other weights with --clip PATH, or from nothing with --init "
         "scratch",
     )
+
+
+def _finetune(config: ClipConfig) -> "Outcome":
+    # torch takes seconds to import, so it waits until the settings are known to be right
+    from glide_finetune.clip_weights import write_encoders
+    from glide_finetune.noisy_clip import clip_job
+    from glide_finetune.training_run import run
+
+    outcome = run(config, clip_job)
+    if written := write_encoders(outcome.run_folder):
+        names = ", ".join(path.name for path in written)
+        logger.info("in the form of OpenAI's files: %s", names)
+    return outcome
 
 
 def _dry_run(config: ClipConfig) -> int:

@@ -19,6 +19,7 @@ from glide_finetune import clip_weights, data_report
 from glide_finetune.arguments import parse_config as parse_glide_config
 from glide_finetune.clip_options import RELEASED_OPTIONS
 from glide_finetune.clip_weights import read_clip, used_clip
+from glide_finetune.config import ConfigError
 from glide_finetune.contrastive import contrastive_losses
 from glide_finetune.data.caption_split import split_by_caption
 from glide_finetune.fp16_util import Precision
@@ -27,8 +28,8 @@ from glide_finetune.generation import generate
 from glide_finetune.loader import TextImageDataset
 from glide_finetune.metrics import read_metrics
 from glide_finetune.noisy_clip import ClipTokens, RetrievalValidator, clip_losses
-from glide_finetune.noisy_clip_config import FIELDS, parse_config
-from glide_finetune.noisy_clip_finetune import main
+from glide_finetune.noisy_clip_config import FIELDS, ClipConfig, parse_config
+from glide_finetune.noisy_clip_finetune import finetune, main
 from glide_text2im.clip.model_creation import CLIPModel, create_clip_model
 from glide_text2im.download import DownloadError
 from glide_text2im.model_creation import create_gaussian_diffusion
@@ -458,7 +459,7 @@ def test_a_typed_start_takes_the_place_of_another_runs(clip_run):
         (["--resume_ckpt", "base/glide-ft-0x3.pt"], "is a model of kind base, no CLIP"),
         (["--config", "base"], "--config: base is of a run that trains no CLIP"),
         (["--config", "nowhere"], "--config: nowhere"),
-        (["--vlb_weight", "1"], "unrecognized arguments: --vlb_weight"),
+        (["--vlb_weight", "1"], "there is no flag --vlb_weight"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(argv, message, capsys):
@@ -470,6 +471,16 @@ def test_a_mistake_is_told_in_one_line(argv, message, capsys):
     assert exit_.value.code == 2
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "settings", [{"compile": True}, {"log_frequency": 1}, {"low_memory": True}, {"demo": True}]
+)
+def test_settings_that_only_glide_has_are_refused_from_a_notebook(settings):
+    write_pictures(["a cat", "a dog"])
+    config = ClipConfig(data_dir="data", init="scratch", **settings)
+    with pytest.raises(ConfigError, match=f"{next(iter(settings))} is not for a CLIP"):
+        finetune(config)
 
 
 def test_weights_that_do_not_fit_are_told_in_one_line(clip_run, capsys):
