@@ -3,12 +3,14 @@
 torch is not imported here, unless to know an error by.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import TextIO
 
 from glide_finetune.config import ConfigError
 
@@ -38,23 +40,49 @@ def run_program(
     """
     if hasattr(sys.stdout, "reconfigure"):  # what a caller put in its place need not have it
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(format="%(message)s", handlers=[_LineHandler(sys.stdout)])
+    logging.raiseExceptions = False  # nor does a line that a bar would print around itself
     for package in ("glide_finetune", "glide_text2im"):
         logging.getLogger(package).setLevel(logging.INFO)
     keep_freed_memory()
     try:
         return action()
     except KeyboardInterrupt:
-        print("; ".join(filter(None, (f"{name}: interrupted", after_interrupt))), file=sys.stderr)
+        tell("; ".join(filter(None, (f"{name}: interrupted", after_interrupt))))
         return 130
     except Exception as error:
         line = _line_about(error, other_weights)
         if line is None:
             raise
         if os.environ.get("GLIDE_TRACEBACK") == "1":
-            traceback.print_exc()
-        print(f"{name}: error: {line}", file=sys.stderr)
+            tell(traceback.format_exc())
+        tell(f"{name}: error: {line}")
         return 2 if isinstance(error, ConfigError) else 1
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _give_up_if_gone(stream)
+
+
+def tell(line: str) -> None:
+    """On standard error, unless that is gone: a pipe nobody reads, a file on a full disk."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+class _LineHandler(logging.StreamHandler):
+    """Prints lines; where standard output is gone, on standard error. None ends a run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        tell(self.format(record))
+
+
+def _give_up_if_gone(stream: TextIO) -> None:
+    """Else Python would end with an error of its own, in place of the exit status."""
+    try:
+        stream.flush()
+    except OSError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def keep_freed_memory() -> None:

@@ -2,10 +2,9 @@
 
 import contextlib
 import logging
-import os
 import shlex
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from glide_finetune.runs import (
     write_args,
 )
 from glide_finetune.samples import SampleDrawer
+from glide_finetune.stopping import stopping_on_signals
 from glide_finetune.trainer import Trainer
 from glide_finetune.training_data import TrainingData, make_training_data
 from glide_finetune.validation import Validator
@@ -418,33 +418,3 @@ def report_end(trainer: Trainer, received: list[signal.Signals]) -> Outcome:
         received[0].name, step, trainer.config.command, shlex.quote(str(run_folder)),
     )  # fmt: skip
     return Outcome(run_folder, received[0])
-
-
-@contextlib.contextmanager
-def stopping_on_signals(trainer: Trainer) -> Iterator[list[signal.Signals]]:
-    """While open, SIGINT, SIGTERM and SIGUSR1 end training after the current step; a second
-    Ctrl-C ends it at once. Gives the list of the signals received."""
-    received: list[signal.Signals] = []
-    owner = os.getpid()
-    program = trainer.config.program
-
-    def stop(number: int, frame: object) -> None:
-        if os.getpid() != owner:  # a data worker, which ends with the main process
-            return
-        received.append(signal.Signals(number))
-        # the loop may be in the middle of a print, so no logging here
-        if trainer.stop_requested and number == signal.SIGINT:
-            os.write(2, f"\n{program}: interrupted\n".encode())
-            os._exit(128 + number)  # waits for no thread, such as one that writes a checkpoint
-        trainer.stop_requested = True
-        os.write(2, b"\nstopping after this step; press Ctrl-C again to leave at once\n")
-
-    names = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGUSR1"):  # not on Windows
-        names.append(signal.SIGUSR1)
-    before = {name: signal.signal(name, stop) for name in names}
-    try:
-        yield received
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)

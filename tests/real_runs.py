@@ -53,9 +53,8 @@ def start(place: Path, *argv: str, **keywords) -> subprocess.Popen:
     """train_glide.py in a process of its own; `keywords` go to `Popen`."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train_glide.py"), *argv],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | keywords, text=True, cwd=place,
         env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
-        **keywords,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from glide_finetune.config import ConfigError, TrainConfig
 from glide_finetune.memory import OutOfMemory
 from glide_finetune.noisy_clip_config import ClipConfig
 from glide_finetune.programs import run_program
-from glide_finetune.training_run import stopping_on_signals
+from glide_finetune.stopping import ONE_PRESS, stopping_on_signals
 from glide_text2im.download import DownloadError
 
 
@@ -57,6 +58,23 @@ def test_a_program_can_print_into_any_stream():
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert run_program("a.py", lambda: print("done") or 0) == 0
     assert out.getvalue() == "done\n"
+
+
+def test_lines_that_nobody_reads_come_on_standard_error_and_end_nothing():
+    code = (
+        "import logging, sys; from glide_finetune.programs import run_program\n"
+        "def action():\n"
+        "    logging.getLogger('glide_finetune').info('saved')\n"
+        "    return 143\n"
+        "sys.exit(run_program('a.py', action))"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=False, stdout=writing, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (143, b"saved\n")
+    done = subprocess.run(command, check=False, stdout=writing, stderr=writing)
+    assert done.returncode == 143
 
 
 def test_an_action_that_ends_gives_the_status(capsys):
@@ -141,8 +159,10 @@ def test_a_second_ctrl_c_leaves_in_the_name_of_the_program(capfd, monkeypatch, c
     monkeypatch.setattr(os, "_exit", statuses.append)
     with stopping_on_signals(SimpleNamespace(config=config, stop_requested=False)) as received:
         signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # the same one, passed on by a launcher
         assert statuses == []
+        time.sleep(2 * ONE_PRESS)
         signal.raise_signal(signal.SIGINT)
     assert statuses == [130]
-    assert received == [signal.SIGINT] * 2
+    assert received == [signal.SIGINT] * 3
     assert f"\n{name}: interrupted\n" in capfd.readouterr().err

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from glide_finetune.checkpoints import newest_checkpoint
 from glide_finetune.metrics import read_metrics
 from glide_finetune.model_options import training_options
 from glide_finetune.samples import CELL_WIDTH, PADDING, SampleDrawer
+from glide_finetune.stopping import ONE_PRESS
 from glide_finetune.validation import Validator
 from glide_text2im.model_creation import create_model_and_diffusion
 from real_runs import (
@@ -173,6 +175,7 @@ class TestResuming:
             signal.SIGTERM,
             pytest.param(signal.SIGINT, marks=pytest.mark.slow),
             pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+            pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
         ],
     )
     def test_a_run_asked_to_stop_saves_and_goes_on_bit_for_bit(self, place, whole, number):
@@ -193,6 +196,20 @@ class TestResuming:
         assert main([*SMALL_MODEL, *EXACT, *words]) == 0
         assert_same_run(run, whole)
         assert [path.name for path in run.parent.iterdir()] == ["0000"]
+
+    @pytest.mark.parametrize("lost_by", ["a full disk", "a reader that has ended"])
+    def test_a_run_whose_output_is_lost_saves_when_asked_to_stop(self, place, lost_by):
+        folder = lost_by.split()[-1]
+        reading, writing = os.pipe()
+        output = os.open("/dev/full", os.O_WRONLY) if lost_by == "a full disk" else writing
+        words = ["--data_dir", "data", "--checkpoints_dir", folder, "--epochs", "1000"]
+        process = start(place, *SMALL_MODEL, *words, stdout=output, stderr=output)
+        run = place / folder / "0000"
+        wait_for_steps(run, 2, process)
+        os.close(reading)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert newest_checkpoint(run).step >= 2
 
     @pytest.mark.parametrize(
         "words",
@@ -236,13 +253,15 @@ class TestResuming:
 
     @pytest.mark.slow
     def test_a_second_ctrl_c_leaves_at_once(self, place):
-        words = ["--checkpoints_dir", "twice", "--log_frequency", "1", "--test_batch_size", "64"]
+        words = ["--checkpoints_dir", "twice", "--log_frequency", "0", "--batch_size", "4096"]
         process = start(place, *SMALL_MODEL, *words)
         run = place / "twice" / "0000"
-        wait_for_steps(run, 1, process)  # now it draws for many seconds
+        wait_for_steps(run, 1, process)
+        time.sleep(0.5)  # into the second step, which takes some seconds
         process.send_signal(signal.SIGINT)
         while "press Ctrl-C again" not in process.stderr.readline():
             assert process.poll() is None
+        time.sleep(2 * ONE_PRESS)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130

@@ -22,6 +22,7 @@ from glide_finetune.data.bad_samples import BadSample, Tally
 from glide_finetune.data.shared_integer import SharedInteger
 from glide_finetune.loader import TextImageDataset
 from glide_finetune.seeds import derived_seed
+from glide_finetune.stopping import STOP_SIGNALS
 from glide_finetune.wds_loader import RawSample, ShardStream, nothing_left
 
 
@@ -430,9 +431,8 @@ def worker_loader(
 def _leave_signals_to_the_trainer(worker: int) -> None:
     """A job that is asked to stop, all of its processes at once, still needs its batches to end
     the current step. Workers notice by themselves when the trainer is gone."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # not all of them on Windows
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register

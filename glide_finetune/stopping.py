@@ -1,0 +1,63 @@
+"""The signals that ask a run to stop, which it does after the step that it is in."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from glide_finetune.trainer import Trainer
+
+# Ctrl-C, a kill or the end of a job, Slurm's warning of that, a terminal that is closed. Windows
+# has two of them.
+STOP_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+    if hasattr(signal, name)
+]
+ONE_PRESS = 0.2  # seconds within which one Ctrl-C may come twice: from the terminal and a launcher
+
+
+@contextlib.contextmanager
+def stopping_on_signals(trainer: "Trainer") -> Iterator[list[signal.Signals]]:
+    """While open, these signals end training after the current step; a second Ctrl-C ends it at
+    once. Gives the list of the signals received."""
+    received: list[signal.Signals] = []
+    first_at = 0.0
+    owner = os.getpid()
+    program = trainer.config.program
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal first_at
+        if os.getpid() != owner:  # a data worker, which ends with the main process
+            return
+        received.append(signal.Signals(number))
+        if not trainer.stop_requested:
+            trainer.stop_requested, first_at = True, time.monotonic()
+            _write("\nstopping after this step; press Ctrl-C again to leave at once\n")
+        elif number == signal.SIGINT and time.monotonic() - first_at > ONE_PRESS:
+            _write(f"\n{program}: interrupted\n")
+            os._exit(128 + number)  # waits for no thread, such as one that writes a checkpoint
+
+    before = {
+        number: signal.signal(number, stop) for number in STOP_SIGNALS if not _is_left_out(number)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_left_out(number: int) -> bool:
+    """Whether it is ignored on purpose: by nohup, whose runs go on without the terminal."""
+    return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN
+
+
+def _write(text: str) -> None:
+    """On standard error, without logging, in the middle of which the loop may be. If it is gone,
+    as where Ctrl-C has ended `tee` as well, the run is still to be saved."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
