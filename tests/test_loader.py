@@ -2,8 +2,10 @@
 
 import gc
 import logging
+import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -330,6 +332,30 @@ def test_batches_do_not_depend_on_the_workers_and_persistent_ones_follow_the_epo
             assert equal(list(loader), want)
         loader.set_epoch(1, start_batch=3)
         assert equal(list(loader), epochs[1][3:])
+
+
+def test_batches_are_the_same_where_shared_memory_has_no_room(folder, monkeypatch):
+    want = batches(full_dataset(folder))
+
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    loader = make_dataloader(full_dataset(folder), 4, seed=5, num_workers=2, device="cpu")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    assert equal(list(loader), want)
+
+
+def test_a_worker_that_was_killed_is_told_when_its_next_batch_is_due(folder):
+    loader = make_dataloader(full_dataset(folder), 4, seed=5, num_workers=1, device="cpu")
+    before = signal.getsignal(signal.SIGCHLD)
+    received = iter(loader)
+    next(received)
+    assert signal.getsignal(signal.SIGCHLD) is before
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    worker.join()
+    with pytest.raises(ChildProcessError, match=r"a data worker was killed.*lower --num_workers"):
+        list(received)
 
 
 class CountedDraws(TextImageDataset):

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import math
 import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain, count, cycle, islice
@@ -127,9 +128,33 @@ class _Message(NamedTuple):
     is_end: bool = False  # of the worker's share of the epoch; the batch is its rest, None for none
 
 
+class _Copied:
+    """A tensor that travels through a pipe, and arrives as a tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def __reduce__(self) -> tuple:
+        return torch.from_numpy, (self._tensor.numpy(),)
+
+
+def _to_send(tensor: torch.Tensor) -> torch.Tensor | _Copied:
+    """The tensor, of a worker in the shared memory in which it travels, where that has room.
+
+    Containers often have 64 MB of it. When torch finds it full, while sending, it drops the batch,
+    for which the trainer then waits for ever.
+    """
+    if get_worker_info() is None:
+        return tensor
+    try:
+        return tensor.share_memory_()
+    except RuntimeError:
+        return _Copied(tensor)
+
+
 def _collate(items: Sequence[tuple]) -> tuple:
     return tuple(
-        list(values) if isinstance(values[0], str) else torch.stack(values)
+        list(values) if isinstance(values[0], str) else _to_send(torch.stack(values))
         for values in zip(*items, strict=True)
     )
 
@@ -212,7 +237,7 @@ class FolderBatches:
     def __iter__(self) -> Iterator[Batch]:
         is_whole = self._epoch.start_batch == 0
         unlisted = self._unlisted if is_whole else Counter()
-        for message in self._loader:
+        for message in received_from(self._loader):
             self._account.add(message.tally)
             if message.error:
                 raise ValueError(message.error)
@@ -376,7 +401,7 @@ class ShardBatches:
     def _all_batches(self) -> Iterator[tuple | None]:
         """Those of the workers in turn, None for those before `start_batch`, then their rests."""
         rests, is_empty = [], True
-        for message in self._loader:
+        for message in received_from(self._loader):
             self._account.add(message.tally)
             self._left_out += message.tally.metrics()
             if not message.is_end:
@@ -426,6 +451,38 @@ def worker_loader(
     )
     _loaders.add(loader)
     return loader
+
+
+def received_from(loader: DataLoader) -> Iterator[Any]:
+    """What the workers of a loader make.
+
+    Raises:
+        ChildProcessError: one of them has died. That is told when its next item is due; torch's own
+            handler of SIGCHLD would break a training step off in the middle.
+    """
+    with _handler_of_children_kept():
+        items = iter(loader)
+    try:
+        yield from items
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ChildProcessError(
+            "a data worker was killed, most likely since memory ran out: lower --num_workers, or "
+            "--batch_size"
+        ) from None
+
+
+@contextlib.contextmanager
+def _handler_of_children_kept() -> Iterator[None]:
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield  # torch sets none then
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

@@ -33,7 +33,7 @@ from glide_finetune.atomic_files import (
 )
 from glide_finetune.config import FIELDS, ConfigError, TrainConfig
 from glide_finetune.data.bad_samples import KINDS, BadSample, DataAccount, Tally, describe_counts
-from glide_finetune.data.dataloading import worker_loader
+from glide_finetune.data.dataloading import received_from, worker_loader
 from glide_finetune.data.folder_index import index_folder
 from glide_finetune.data.images import ImageSource, read_prepared
 from glide_finetune.data.shards import is_remote
@@ -209,7 +209,7 @@ def _prepared(
         num_workers=num_workers,
         batch_sampler=_Messages(source, start, rest),
     )
-    for message in loader:
+    for message in received_from(loader):
         yield from message
 
 
