@@ -208,7 +208,7 @@ class TrainConfig:
     @property
     def command(self) -> str:
         """What starts the program that these settings are for."""
-        return "python train_glide.py"
+        return as_started("python train_glide.py")
 
     @property
     def model_type(self) -> str:
@@ -281,6 +281,11 @@ def types_of(setting: dataclasses.Field) -> tuple[type, ...]:
     if isinstance(hint, types.UnionType):
         return typing.get_args(hint)
     return (typing.get_origin(hint) or hint,)
+
+
+def as_started(command: str) -> str:
+    """The command for the next start, by way of uv if it has started this process."""
+    return f"uv run {command}" if "UV" in os.environ else command
 
 
 def complete(config: TrainConfig) -> TrainConfig:

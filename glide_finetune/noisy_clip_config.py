@@ -26,6 +26,7 @@ from glide_finetune.config import (
     TRAINING,
     ConfigError,
     TrainConfig,
+    as_started,
     complete,
     flag,
 )
@@ -81,7 +82,7 @@ class ClipConfig(TrainConfig):
     @property
     def command(self) -> str:
         """What starts the program that these settings are for."""
-        return PROGRAM
+        return as_started(PROGRAM)
 
     @property
     def model_type(self) -> str:

@@ -7,6 +7,7 @@ that never stopped, and no random state needs to be kept.
 
 import logging
 import math
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -159,7 +160,17 @@ class Trainer:
                 "--max_steps or --epochs to go on", self.progress.step, self.progress.epoch,
             )  # fmt: skip
         while not (self.reached_end() or self.stop_requested):
-            self.run_epoch(loader, display)
+            try:
+                self.run_epoch(loader, display)
+            except (OSError, ValueError):  # of the data: no step is half made
+                self.save()
+                logger.info("saved at step %d; to go on: %s", self.progress.step, self.command)
+                raise
+
+    @property
+    def command(self) -> str:
+        """What goes on with this run."""
+        return f"{self.config.command} --resume_ckpt {shlex.quote(str(self.run_folder))}"
 
     def display(self, loader: Iterable) -> StepDisplay:
         """What shows the steps of this run."""

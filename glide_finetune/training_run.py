@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import shlex
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -414,7 +413,6 @@ def report_end(trainer: Trainer, received: list[signal.Signals]) -> Outcome:
         logger.info("finished at step %d; %s is in %s", step, results, run_folder)
         return Outcome(run_folder)
     logger.info(
-        "stopped by %s, saved at step %d; to go on: %s --resume_ckpt %s",
-        received[0].name, step, trainer.config.command, shlex.quote(str(run_folder)),
-    )  # fmt: skip
+        "stopped by %s, saved at step %d; to go on: %s", received[0].name, step, trainer.command
+    )
     return Outcome(run_folder, received[0])

@@ -462,7 +462,8 @@ def test_a_typed_start_takes_the_place_of_another_runs(clip_run):
         (["--vlb_weight", "1"], "there is no flag --vlb_weight"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(argv, message, capsys):
+def test_a_mistake_is_told_in_one_line(argv, message, capsys, monkeypatch):
+    monkeypatch.delenv("UV", raising=False)  # else the command begins with uv run
     write_pictures(["a cat", "a dog"])
     write_run(Path("base"))
     with pytest.raises(SystemExit) as exit_:

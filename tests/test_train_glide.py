@@ -197,6 +197,26 @@ class TestResuming:
         assert_same_run(run, whole)
         assert [path.name for path in run.parent.iterdir()] == ["0000"]
 
+    @pytest.mark.slow
+    def test_a_run_whose_data_worker_was_killed_saves_and_goes_on_bit_for_bit(self, place, whole):
+        words = ["--data_dir", "data", "--checkpoints_dir", "orphan", "--num_workers", "1"]
+        process = start(place, *SMALL_MODEL, *EXACT, *words)
+        run = place / "orphan" / "0000"
+        wait_for_steps(run, 2, process)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert err == (
+            "train_glide.py: error: a data worker was killed, most likely since memory ran out: "
+            "lower --num_workers, or --batch_size\n"
+        )
+        step = newest_checkpoint(run).step
+        assert f"saved at step {step}; to go on: " in out
+        assert main(["--resume_ckpt", str(run), "--num_workers", "0"]) == 0
+        assert_same_run(run, whole)
+
     @pytest.mark.parametrize("lost_by", ["a full disk", "a reader that has ended"])
     def test_a_run_whose_output_is_lost_saves_when_asked_to_stop(self, place, lost_by):
         folder = lost_by.split()[-1]
