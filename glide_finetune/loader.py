@@ -1,5 +1,6 @@
 """Images and captions from a local folder."""
 
+import contextlib
 import copy
 import os
 import random
@@ -133,6 +134,14 @@ class TextImageDataset(Dataset):
         image = os.path.join(self.folder, self.keys[index])
         item = self.recipe.make(image, captions, rng, tally)
         return (*item, self.keys[index]) if self.return_keys else item
+
+    def first_readable(self, indices: Sequence[int]) -> int:
+        """The first of these samples that can be read; the very first if none of many can."""
+        for index in indices[:MAX_STAND_INS]:
+            with contextlib.suppress(BadSample):
+                self.make(index, random.Random(0), Tally())
+                return index
+        return indices[0]
 
     def subset(self, indices: Sequence[int]) -> "TextImageDataset":
         """The same dataset with these samples only."""

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from glide_finetune.data.caption_split import split_by_caption
 from glide_finetune.data.dataloading import make_dataloader, split_validation
 from glide_finetune.data.folder_index import check_folder
 from glide_finetune.data.images import to_tensor
@@ -460,6 +461,19 @@ def test_at_least_one_sample_is_held_back_and_one_is_left(tmp_path):
         split_validation(data.subset([0]), 0.5, seed=0)
     with pytest.raises(ValueError, match="fraction"):
         split_validation(data, 0.0, seed=0)
+
+
+@pytest.mark.parametrize("split", [split_validation, split_by_caption])
+def test_one_that_can_be_read_is_among_those_held_back(tmp_path, split):
+    write_images(tmp_path, 6)
+    _, held_back = split(dataset(tmp_path), 1e-9, seed=0)
+    (first,) = held_back.keys
+    (tmp_path / first).write_bytes(b"")
+    train, held_back = split(dataset(tmp_path), 1e-9, seed=0)
+    assert first in held_back.keys
+    assert len(held_back) == 2
+    assert len(train) == 4
+    assert len({str(item) for item in held_back}) == 1  # the other one stands in
 
 
 def test_a_sample_that_is_skipped_keeps_nothing_alive(tmp_path):

@@ -11,16 +11,17 @@ def split_by_caption(
     """(training part, validation part) of a local dataset; all samples of a caption are in one.
 
     The samples of one of `caption_groups` are held back if the hash of its name and the seed falls
-    below `fraction`; at least the group with the lowest hash is. Reads every caption.
+    below `fraction`; at least those are with the lowest hashes, up to a sample that can be read.
+    Reads every caption.
 
     Raises:
         ValueError: one of the two parts would be empty.
     """
     draws = [derived_seed(seed, "validation", name) / 2**64 for name in caption_groups(dataset)]
-    lowest = min(draws)
+    least = draws[dataset.first_readable(sorted(range(len(draws)), key=draws.__getitem__))]
     parts: tuple[list[int], list[int]] = ([], [])
     for index, draw in enumerate(draws):
-        parts[draw < fraction or draw == lowest].append(index)
+        parts[draw < fraction or draw <= least].append(index)
     if not all(parts):
         raise ValueError(
             f"{len(draws)} samples cannot be split by their captions into some to train on and "

@@ -81,7 +81,8 @@ def hold_back(
     dataset: TextImageDataset, count: int, seed: int
 ) -> tuple[TextImageDataset, TextImageDataset]:
     """A local dataset less `count` samples, and these, chosen by the hash of their keys and the
-    seed, with nothing random (`TextImageDataset.for_evaluation`).
+    seed, with nothing random (`TextImageDataset.for_evaluation`). More are held back where none of
+    them could be read, since no other sample stands in for those.
 
     Raises ValueError if one of the two would be empty.
     """
@@ -92,6 +93,7 @@ def hold_back(
         )
     draws = _draws(dataset, seed)
     order = sorted(range(len(draws)), key=draws.__getitem__)
+    count = max(count, order.index(dataset.first_readable(order[:-1])) + 1)
     held_back = dataset.subset(sorted(order[:count])).for_evaluation()
     return dataset.subset(sorted(order[count:])), held_back
 
