@@ -325,6 +325,11 @@ def nothing_left(account: DataAccount) -> str:
     return f"no sample of the shards can be used: {left_out}; loosen the filters or mend the data"
 
 
+def _suffix(key: str) -> str:
+    """As members have it in `TarSample`, whose suffixes are in small letters and have no dot."""
+    return key.lower().removeprefix(".")
+
+
 def glide_wds_loader(
     urls: Urls,
     enable_text: bool = True,
@@ -432,9 +437,9 @@ def glide_wds_loader(
     return ShardStream(
         expand_shards(urls),
         recipe,
-        image_key=image_key.lower() if enable_image else None,
-        caption_key=caption_key.lower() if enable_text and not caption_in_metadata else None,
-        metadata_key=metadata_key.lower() if enable_metadata else None,
+        image_key=_suffix(image_key) if enable_image else None,
+        caption_key=_suffix(caption_key) if enable_text and not caption_in_metadata else None,
+        metadata_key=_suffix(metadata_key) if enable_metadata else None,
         caption_in_metadata=caption_in_metadata,
         reason_to_reject=reason_to_reject,
         words_to_skip=words_to_skip,

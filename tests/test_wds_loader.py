@@ -359,6 +359,20 @@ def test_shards_that_hold_something_else_are_given_up_before_their_end(tmp_path)
     )
     with pytest.raises(ValueError, match=message):
         next(iter(stream(shard)))
+    with pytest.raises(ValueError, match="1000 of the first 1000 samples cannot be read"):
+        next(iter(stream(shard).for_evaluation()))
+
+
+def test_in_stored_order_many_bad_samples_at_the_start_are_no_reason_to_give_up(tmp_path):
+    samples = {f"{i:04}": {"jpg": b"", "txt": b"words"} for i in range(999)} | {"999": one()}
+    data = stream(write_shard(tmp_path / "s.tar", samples)).for_evaluation()
+    assert keys(data) == ["999"]
+
+
+@pytest.mark.parametrize("suffixes", [("jpg", "txt", "json"), (".JPG", ".txt", ".Json")])
+def test_suffixes_may_be_given_with_their_dot_and_in_capitals(tmp_path, suffixes):
+    names = dict(zip(("image_key", "caption_key", "metadata_key"), suffixes, strict=True))
+    assert kept(tmp_path, {"a": one(), "b": one(original_width=5)}, **names) == ["a"]
 
 
 def test_the_log_tells_when_the_first_samples_are_all_rejected(tmp_path, monkeypatch, caplog):

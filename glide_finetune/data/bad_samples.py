@@ -76,13 +76,13 @@ class DataAccount:
     There is one wherever a data set is gone through, in the process that the user watches.
 
     epoch_samples: how many samples an epoch has, None if that is not known.
-    gives_up: whether it may be too much. Where samples come in stored order the bad ones may all
-        be among the first, which says little.
+    gives_up: whether more than half is too much. Where samples come in stored order the bad ones
+        may all be among the first, which says little; unless nothing of them can be read.
     """
 
     def __init__(self, epoch_samples: int | None = None, *, gives_up: bool = True) -> None:
-        trial = min(TRIAL_SAMPLES, epoch_samples or TRIAL_SAMPLES)
-        self._trial = trial if gives_up else 0  # 0 also when it is over
+        self._trial = min(TRIAL_SAMPLES, epoch_samples or TRIAL_SAMPLES)  # 0 when it is over
+        self._gives_up = gives_up
         self._samples = self._unreadable = 0  # in the trial
         self._named: set[str] = set()
         self._example: Skipped | None = None
@@ -98,7 +98,7 @@ class DataAccount:
     def add(self, tally: Tally) -> None:
         """Take in what a worker noted.
 
-        Raises ValueError when more than half of the first samples could not be read.
+        Raises ValueError when more than half of the first samples could not be read, or all.
         """
         for skipped in tally.skipped:
             self._left_out[KINDS.get(skipped.kind, skipped.kind)] += 1
@@ -120,7 +120,7 @@ class DataAccount:
         Raises ValueError when more than half of a first epoch that is short could not be read.
         """
         if is_whole:
-            if self._samples < self._trial:
+            if self._gives_up and self._samples < self._trial:
                 self._give_up_beyond(self._samples)
             self._trial = 0
         if self._left_out:
@@ -135,7 +135,7 @@ class DataAccount:
         return describe_counts(self._left_out)
 
     def _give_up_beyond(self, samples: int) -> None:
-        if 2 * self._unreadable > samples:
+        if self._unreadable > (samples / 2 if self._gives_up else samples - 1):
             unreadable = {name: self._left_out[name] for name in KINDS.values()}
             raise ValueError(
                 f"{self._unreadable} of the first {self._samples} samples cannot be read "
