@@ -5,6 +5,7 @@ torch is not imported here, unless to know an error by.
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
 import sys
@@ -100,6 +101,8 @@ def keep_freed_memory() -> None:
 
 def _line_about(error: Exception, other_weights: str) -> str | None:
     """What is wrong and what to do; None if this is not for the user to know."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{error}: free some, or have what is written go to another disk"
     if isinstance(error, ValueError | OSError):
         return str(error)
     # here, since what is told above needs no torch

@@ -40,8 +40,7 @@ def create_run(checkpoints_dir: str | Path) -> Path:
     folder = Path(checkpoints_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        newest = newest_run(folder)
-        number = int(newest.name) + 1 if newest else 0
+        number = max((int(run.name) for run in _runs(folder)), default=-1) + 1
         while True:
             run_dir = folder / f"{number:04d}"
             try:
@@ -85,12 +84,16 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def newest_run(checkpoints_dir: str | Path) -> Path | None:
-    """The run folder with the highest number; None if there is none."""
+    """The run folder with the highest number; None if there is none. One that holds nothing yet,
+    such as that of a start for which the disk was full, does not count."""
     folder = Path(checkpoints_dir).expanduser()
-    if not folder.is_dir():
-        return None
-    runs = [path for path in folder.iterdir() if _RUN_NAME.fullmatch(path.name) and path.is_dir()]
-    return max(runs, key=lambda path: (int(path.name), path.name), default=None)
+    begun = (run for run in _runs(folder) if any(file.name != LOCK_NAME for file in run.iterdir()))
+    return max(begun, key=lambda run: (int(run.name), run.name), default=None)
+
+
+def _runs(folder: Path) -> list[Path]:
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in paths if _RUN_NAME.fullmatch(path.name) and path.is_dir()]
 
 
 def interpret_resume(resume_ckpt: str, checkpoints_dir: str | Path) -> Start:

@@ -1,6 +1,7 @@
 """What all programs do alike: how they tell errors, and with which status they end."""
 
 import contextlib
+import errno
 import io
 import os
 import platform
@@ -97,6 +98,13 @@ def test_an_error_for_the_user_is_one_line(capsys, monkeypatch, kind, status):
     monkeypatch.delenv("GLIDE_TRACEBACK", raising=False)
     assert run_program("a.py", ending_with(kind("it is so"))) == status
     assert capsys.readouterr().err == "a.py: error: it is so\n"
+
+
+def test_a_full_disk_is_told_with_what_to_do(capsys):
+    assert run_program("a.py", ending_with(OSError(errno.ENOSPC, "No space left on device"))) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("a.py: error: [Errno 28] No space left on device: free some, ")
+    assert error.count("\n") == 1
 
 
 def test_an_error_shows_where_it_comes_from_if_asked(capsys, monkeypatch):

@@ -23,7 +23,17 @@ ROOT = Path(__file__).parent.parent
 def test_runs_are_numbered_from_zero(tmp_path):
     folder = tmp_path / "not" / "there" / "yet"
     assert [create_run(folder).name for _ in range(3)] == ["0000", "0001", "0002"]
-    assert newest_run(folder) == folder / "0002"
+
+
+def test_the_newest_run_is_one_that_was_begun(tmp_path):
+    runs = [create_run(tmp_path) for _ in range(4)]
+    assert newest_run(tmp_path) is None
+    for run in runs[:3]:
+        write_args(run, {})
+        assert newest_run(tmp_path) == run
+    with locked(runs[3]):
+        assert newest_run(tmp_path) == runs[2]
+    assert create_run(tmp_path).name == "0004"
 
 
 def test_folders_and_files_with_other_names_are_ignored(tmp_path):
@@ -88,6 +98,7 @@ def test_nothing_to_resume_is_a_fresh_start(tmp_path):
 def test_auto_goes_on_in_the_newest_run(tmp_path):
     create_run(tmp_path)
     newest = create_run(tmp_path)
+    write_args(newest, {})
     assert interpret_resume("auto", tmp_path) == Start(run_dir=newest)
 
 
@@ -111,6 +122,7 @@ def test_a_path_that_does_not_exist_is_an_error_in_one_line(tmp_path):
 
 def test_the_folder_of_all_runs_is_no_run_and_the_newest_is_named(tmp_path):
     newest = create_run(tmp_path)
+    write_args(newest, {})
     with pytest.raises(ValueError, match=rf"no run folder.*{newest}$"):
         interpret_resume(str(tmp_path), tmp_path)
 
