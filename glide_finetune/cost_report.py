@@ -58,7 +58,7 @@ def report_cost(config: TrainConfig) -> None:
     measured = measure(config, device)
     _print_memory(expected, measured.memory, _room(device, room))
     _print_time(config, measured)
-    left = None if measured.total is None else measured.total - measured.made
+    left = None if measured.total is None else max(0, measured.total - measured.made)
     _print_checkpoints(config, device, expected, host, left)
 
 

@@ -156,12 +156,13 @@ def _listed(names: Sequence[str], count: int) -> str:
 def histogram(lengths: Counter[int], longest: int) -> list[Line]:
     """How many captions have how many tokens, as bars, where there are any; longer ones are cut."""
     width = math.ceil(longest / BINS)
-    counts: Counter[int] = Counter()
+    counts: Counter[int] = Counter()  # by the first length of each bar
     for length, count in lengths.items():
-        counts[min(max(0, length - 1), longest) // width] += count
+        place = max(0, length - 1) // width
+        counts[longest + 1 if length > longest else place * width + 1] += count
     lines = []
-    for place, count in sorted(counts.items()):
-        first, last = place * width + 1, min((place + 1) * width, longest)
+    for first, count in sorted(counts.items()):
+        last = min(first + width - 1, longest)
         tokens = f"{first} to {last}" if first <= longest else f"over {longest}"
         bar = "#" * math.ceil(BAR_WIDTH * count / max(counts.values()))
         lines.append(Line(f"captions of {tokens} tokens", count, bar))

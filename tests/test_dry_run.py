@@ -5,6 +5,7 @@ import re
 import shlex
 import signal
 import socket
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from glide_finetune.arguments import parse_config
 from glide_finetune.data import survey as survey_module
 from glide_finetune.data.images import to_pil
 from glide_finetune.data.survey import survey
+from glide_finetune.data_report import histogram
 from glide_finetune.loader import TextImageDataset
 from glide_finetune.training_data import make_training_data
 from stub_tokenizer import StubTokenizer
@@ -92,6 +94,17 @@ def test_nothing_but_the_picture_is_written_and_the_next_one_takes_its_place(cap
     assert [path for path in Path("runs").rglob("*") if path.is_file()] == [SHEET]
     with Image.open(SHEET) as sheet:
         assert sheet.width > 3 * 192
+
+
+@pytest.mark.parametrize("longest", [20, 77, 128])
+def test_captions_that_are_too_long_have_a_bar_of_their_own(longest):
+    lines = histogram(Counter({1: 1, longest: 2, longest + 1: 3, 1000: 4}), longest)
+    told = {line.name: line.count for line in lines}
+    assert told.pop(f"captions of over {longest} tokens") == 7
+    (first, one), (last, two) = told.items()
+    assert (one, two) == (1, 2)
+    assert first.startswith("captions of 1 to ")
+    assert last.endswith(f" to {longest} tokens")
 
 
 @pytest.mark.parametrize("num_workers", ["0", "2"])

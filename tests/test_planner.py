@@ -187,6 +187,13 @@ def test_the_time_of_the_run_is_that_of_the_steps_still_to_make(monkeypatch, cap
     assert told["disk"].split("  ")[1].startswith("5 checkpoints, and one more")
 
 
+def test_a_run_that_has_made_more_than_is_asked_costs_nothing_more(monkeypatch, capsys):
+    memory = Memory(1, 2, 3, 0, 10**9)
+    without_steps(monkeypatch, Measurement(memory, [1.0], 500, 300), settings("--epochs 1"))
+    told = report(capsys.readouterr().out)
+    assert told["disk"].startswith("0.0 MB  0 checkpoints")
+
+
 def test_the_length_of_shards_that_tell_none_is_not_guessed(monkeypatch, capsys):
     without_steps(monkeypatch, Measurement(None, [1.0, 1.0], 0, None), settings())
     told = report(capsys.readouterr().out)
