@@ -21,7 +21,7 @@ from glide_finetune.demo import DEMO_SETTINGS, fast_precision
 from glide_finetune.model_options import MODEL_TYPES, described_model, parse_model_option
 from glide_finetune.runs import ARGS_NAME, interpret_resume, read_args
 
-# Setting one of these means that the other is not wanted.
+# Setting one of these, but to nothing, means that the other is not wanted.
 _INSTEAD: dict[str, dict[str, Any]] = {
     "test_prompt": {"prompt_file": ""},
     "val_data_dir": {"val_fraction": 0.0},
@@ -100,19 +100,21 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {"model_options": {}}
     for layer in layers:
         options = settings["model_options"] | layer.get("model_options", {})
-        for name in layer:
-            settings |= _INSTEAD.get(name, {})
-        settings |= _as_precision(layer) | {"model_options": options}
+        for name, value in layer.items():
+            settings |= _INSTEAD.get(name, {}) if value else {}
+        settings |= _as_precision(layer, settings.get("precision")) | {"model_options": options}
     return settings
 
 
-def _as_precision(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` with `use_fp16`, if it is there, as the precision that it stands for."""
+def _as_precision(settings: Mapping[str, Any], earlier: str | None) -> dict[str, Any]:
+    """`settings` with `use_fp16`, if it is there, as the precision that it stands for: False undoes
+    an `earlier` fp16, and leaves any other."""
     settings = dict(settings)
     use_fp16 = settings.pop("use_fp16", None)
     if use_fp16 is None:
         return settings
-    precision = settings.setdefault("precision", "fp16" if use_fp16 else "fp32")
+    others = "fp32" if earlier in (None, "fp16") else earlier
+    precision = settings.setdefault("precision", "fp16" if use_fp16 else others)
     if use_fp16 and precision != "fp16":
         raise ConfigError(
             f"--use_fp16 means --precision fp16, but --precision is {precision}: give one of them"

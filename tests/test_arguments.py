@@ -307,6 +307,7 @@ class TestDefaultsFromElsewhere:
         assert parse_config(["--config", half, "--precision", "bf16"]).precision == "bf16"
         assert parse_config(["--config", half, "--use_fp16", "False"]).precision == "fp32"
         assert parse_config(["--config", brain, "--use_fp16"]).precision == "fp16"
+        assert parse_config(["--config", brain, "--use_fp16", "False"]).precision == "bf16"
 
     def test_a_typed_prompt_wins_over_a_saved_file_of_prompts(self, tmp_path):
         (tmp_path / "prompts.txt").write_text("a cat\n")
@@ -318,6 +319,9 @@ class TestDefaultsFromElsewhere:
         run = str(saved_run(tmp_path / "old", val_fraction=0.1))
         config = parse_config(["--config", run, "--val_data_dir", "data"])
         assert (config.val_fraction, config.val_data_dir) == (0.0, "data")
+        run = str(saved_run(tmp_path / "other", val_data_dir="data"))
+        config = parse_config(["--config", run, "--val_fraction", "0"])
+        assert Path(config.val_data_dir).name == "data"
 
     def test_the_demo_changes_defaults_only(self, monkeypatch, tmp_path):
         (tmp_path / "empty").mkdir()
