@@ -4,13 +4,15 @@ The image encoder sees pictures noised by the diffusion process at a random time
 the timestep, so that its gradient can guide sampling from the first step on.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glide_finetune.clip_weights import make_clip
+from glide_finetune.clip_weights import make_clip, write_encoders
 from glide_finetune.contrastive import MOST_LOGIT_SCALE, ContrastiveLosses, contrastive_losses
 from glide_finetune.data.caption_split import split_by_caption
 from glide_finetune.data_report import report_data
@@ -25,6 +27,8 @@ from glide_text2im.clip.model_creation import CLIPModel
 from glide_text2im.gaussian_diffusion import GaussianDiffusion
 from glide_text2im.model_creation import create_gaussian_diffusion
 from glide_text2im.tokenizer.simple_tokenizer import SimpleTokenizer
+
+logger = logging.getLogger(__name__)
 
 MOST_PAIRS = 100  # among which a picture's caption is to be found in validation
 LOW_NOISE_TIMESTEP = 50  # of 1000: the picture is nearly clean
@@ -175,4 +179,10 @@ def clip_job(config: ClipConfig, origin: Origin, device: torch.device) -> Job:
         validate=data.validation and RetrievalValidator(data.validation, config.seed),
         losses=clip_losses,
     )
-    return Job(trainer, data, origin)
+    return Job(trainer, data, origin, at_end=_write_encoders)
+
+
+def _write_encoders(run_folder: Path) -> None:
+    if written := write_encoders(run_folder):
+        names = ", ".join(path.name for path in written)
+        logger.info("in the form of OpenAI's files: %s", names)

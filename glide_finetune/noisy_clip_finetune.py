@@ -10,7 +10,6 @@ From a notebook: finetune(ClipConfig(data_dir="DIR")).
 """
 
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -20,8 +19,6 @@ from glide_finetune.programs import run_program
 
 if TYPE_CHECKING:
     from glide_finetune.training_run import Outcome
-
-logger = logging.getLogger(__name__)
 
 
 def finetune(config: ClipConfig) -> "Outcome":
@@ -53,15 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _finetune(config: ClipConfig) -> "Outcome":
     # torch takes seconds to import, so it waits until the settings are known to be right
-    from glide_finetune.clip_weights import write_encoders
     from glide_finetune.noisy_clip import clip_job
     from glide_finetune.training_run import run
 
-    outcome = run(config, clip_job)
-    if written := write_encoders(outcome.run_folder):
-        names = ", ".join(path.name for path in written)
-        logger.info("in the form of OpenAI's files: %s", names)
-    return outcome
+    return run(config, clip_job)
 
 
 def _dry_run(config: ClipConfig) -> int:

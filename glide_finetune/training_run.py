@@ -121,7 +121,10 @@ def _run(
         warn_of_changes(origin, provenance, config)
         with logging_redirect_tqdm(), stopping_on_signals(trainer) as received:
             trainer.train(data.loader)
-    return report_end(trainer, received)
+    outcome = report_end(trainer, received)
+    if job.at_end:
+        job.at_end(run_folder)
+    return outcome
 
 
 def glide_job(config: TrainConfig, origin: "Origin", device: torch.device) -> "Job":
@@ -254,12 +257,14 @@ class Job:
     data: what it trains on.
     origin: what it goes on from; without the training state where that cannot be used.
     low_res: as in `TrainingData`, for the samples of an upsampler.
+    at_end: called with the run's folder when its last checkpoint is written.
     """
 
     trainer: Trainer
     data: TrainingData
     origin: Origin
     low_res: torch.Tensor | None = None
+    at_end: Callable[[Path], None] | None = None
 
 
 MakeJob = Callable[[TrainConfig, Origin, torch.device], Job]
