@@ -12,7 +12,7 @@ HEADER = 8  # bytes in front of each block
 UNIT = 16  # block sizes are multiples of it
 SPARE = 64 + 32  # of a free block for a tensor: the alignment, and the smallest block
 
-# Every so manyth block at the end of the heap loses what is spare to small objects that stay. Found
+# Each second block at the end of the heap loses what is spare to small objects that stay. Found
 # by comparing with processes: small and full-size models, batches of 1 to 32, with and without
 # recomputed activations, in float32 and bf16.
 LOSES_SPARE_EVERY = 2

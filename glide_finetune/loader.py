@@ -113,7 +113,7 @@ class TextImageDataset(Dataset):
         tally.samples += 1
         for candidate in self._candidates(index, rng):
             try:
-                return self.make(candidate, rng, tally)
+                return self.make(candidate, rng, tally if candidate == index else Tally())
             except BadSample as error:
                 name, reason = str(self.folder / self.keys[candidate]), str(error)
                 if candidate == index:

@@ -40,6 +40,11 @@ def kept(num_timesteps, respacing):
         return "ValueError"
 
 
+def test_a_respacing_without_sections_is_told():
+    with pytest.raises(ValueError, match="has no sections"):
+        space_timesteps(STEPS, [])
+
+
 @pytest.mark.parametrize("schedule", SPEC["schedules"])
 @pytest.mark.parametrize("table", SPEC["tables"])
 def test_a_schedule_gives_the_reference_tables(schedule, table):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from glide_finetune.data.bad_samples import Tally
 from glide_finetune.data.caption_split import split_by_caption
 from glide_finetune.data.dataloading import make_dataloader, split_validation
 from glide_finetune.data.folder_index import check_folder
@@ -164,6 +165,16 @@ def test_the_quick_check_of_a_folder_accepts_what_the_dataset_does(tmp_path):
     write_image(tmp_path / "b/c.png")
     check_folder(tmp_path, use_captions=True)
     assert len(dataset(tmp_path)) == 1
+
+
+def test_a_stand_in_does_not_count_its_cut_caption_a_second_time(tmp_path):
+    write_images(tmp_path, 2)
+    (tmp_path / "000.png").write_bytes(b"")
+    (tmp_path / "001.txt").write_text("word " * 500)
+    data, tally = dataset(tmp_path), Tally()
+    for index in range(2):
+        data.draw(index, 0, tally=tally)
+    assert tally.captions_cut == 1
 
 
 @pytest.mark.parametrize(

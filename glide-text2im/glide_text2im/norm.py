@@ -26,8 +26,8 @@ def _group_sum(x: Tensor) -> Tensor:
     """(batch, groups, channels of a group), for every channel the sum over its group.
 
     Adding up for every channel anew costs next to nothing. Of sums that channels share, torch's
-    compiler would look up the right one for every pixel, one number at a time; `Precision.compiled`
-    of glide_finetune has what else it takes.
+    compiler would look up the right one for every pixel, one number at a time. Its option
+    `unroll_reductions_threshold` must be 1, or it puts these sums into every pixel as well.
     """
     channels = x.shape[2]
     return x[:, :, None].expand(-1, -1, channels, -1).sum(dim=3)

@@ -29,6 +29,8 @@ def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int
     if isinstance(section_counts, str):
         section_counts = [_count(section_counts, part) for part in section_counts.split(",")]
 
+    if not section_counts:
+        raise ValueError("timestep respacing has no sections: give a count for one at least")
     kept: set[int] = set()
     length, longer = divmod(num_timesteps, len(section_counts))
     start = 0

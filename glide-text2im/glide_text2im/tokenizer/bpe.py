@@ -51,7 +51,7 @@ class Encoder:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids; bytes that are not valid UTF-8 become U+FFFD.
 
-        Raises KeyError for an id outside the vocabulary.
+        Raises KeyError for an id beyond the vocabulary, OverflowError for a negative one.
         """
         return self._bpe.decode(tokens)
 

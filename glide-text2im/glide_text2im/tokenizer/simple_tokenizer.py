@@ -62,7 +62,7 @@ class SimpleTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids with a space after every word; broken UTF-8 becomes U+FFFD.
 
-        Raises KeyError for an id outside the vocabulary.
+        Raises KeyError for an id beyond the vocabulary, OverflowError for a negative one.
         """
         return self._bpe.decode(tokens)
 
