@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from glide_finetune.config import ConfigError, TrainConfig, read_prompts, read_skip_words
 from glide_finetune.data.folder_index import check_folder
 from glide_finetune.data.shards import SHARD_SUFFIXES, expand_shards
@@ -247,7 +245,7 @@ def check_files(config: TrainConfig) -> None:
         read_prompts(config)
     read_skip_words(config)
     if config.image_to_upsample:
-        _check_image(Path(config.image_to_upsample).expanduser())
+        image_size("image_to_upsample", config.image_to_upsample)
     for name in ("data_dir", "val_data_dir"):
         path = getattr(config, name)
         if path != made_later.get(name) and (path or name == "data_dir"):
@@ -264,14 +262,16 @@ def check_files(config: TrainConfig) -> None:
             )
 
 
-def _check_image(path: Path) -> None:
+def image_size(name: str, given: str) -> tuple[int, int]:
+    """(width, height) of an image file as it is to be seen; ConfigError, naming the flag, if it
+    cannot be read."""
+    from glide_finetune.data.image_files import readable_size  # here, as it takes a while
+
+    path = Path(given).expanduser()
     try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError:
-        raise ConfigError(f"--image_to_upsample: there is no file {path}") from None
-    except Exception as error:  # Pillow's decoders raise all sorts
-        raise ConfigError(f"--image_to_upsample: cannot read {path}: {error}") from None
+        return readable_size(path)
+    except ValueError as error:
+        raise ConfigError(f"--{name}: cannot read {path}: {error}") from None
 
 
 def _check_data(config: TrainConfig, name: str, path: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from glide_finetune.config import (
     PRECISIONS,
@@ -28,6 +28,7 @@ from glide_finetune.config_checks import (
     check_device,
     check_ranges,
     check_writable,
+    image_size,
 )
 from glide_finetune.model_options import described_model, released_options
 from glide_finetune.runs import ARGS_NAME, read_args
@@ -196,7 +197,7 @@ def check(config: GenerateConfig) -> None:
             if not path.exists():
                 raise ConfigError(f"--clip: there is no file {path}")
     if config.inpaint_image:
-        sizes = [_image_size(n, getattr(config, n)) for n in ("inpaint_image", "inpaint_mask")]
+        sizes = [image_size(n, getattr(config, n)) for n in ("inpaint_image", "inpaint_mask")]
         if sizes[0] != sizes[1]:
             image, mask = (f"{width}x{height}" for width, height in sizes)
             raise ConfigError(
@@ -270,18 +271,6 @@ def check_stage(name: str, path: Path, found: str, wanted: str) -> None:
         )
 
 
-def _image_size(name: str, given: str) -> tuple[int, int]:
-    """(width, height) of an image file as it is to be seen."""
-    path = Path(given).expanduser()
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).size
-    except FileNotFoundError:
-        raise ConfigError(f"--{name}: there is no file {path}") from None
-    except Exception as error:  # Pillow's decoders raise all sorts
-        raise ConfigError(f"--{name}: cannot read {path}: {error}") from None
-
-
 def settings_of(picture: str) -> dict[str, Any]:
     """The settings that a picture was drawn with, its prompt and seed among them.
 
@@ -289,7 +278,7 @@ def settings_of(picture: str) -> dict[str, Any]:
         ConfigError: it cannot be read, or was not drawn here.
     """
     path = Path(picture).expanduser()
-    _image_size("again", picture)
+    image_size("again", picture)
     try:
         with Image.open(path) as image:
             told = {"prompt": [image.text["prompt"]], "seed": int(image.text["seed"])}

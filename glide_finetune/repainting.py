@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from glide_finetune.data import images
+from glide_finetune.data.image_files import upright_size
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def read_known_pixels(
 
 
 def _check_same_size(image: str | Path, mask: str | Path) -> None:
-    wanted, found = (f"{w}x{h}" for w, h in map(images.upright_size, (image, mask)))
+    wanted, found = (f"{w}x{h}" for w, h in map(upright_size, (image, mask)))
     if found != wanted:
         raise ValueError(
             f"the mask {mask} has {found} pixels, the image {image} {wanted}: give a mask of the "

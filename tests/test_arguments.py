@@ -411,6 +411,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "--image_to_upsample {}/no.png --train_upsample": ("--image_to_upsample", "no.png"),
     "--image_to_upsample {}/blank.txt --train_upsample": ("--image_to_upsample", "blank.txt"),
     "--image_to_upsample {}/cut.png --train_upsample": ("--image_to_upsample", "cut.png"),
+    "--image_to_upsample {}/a.ico --train_upsample": ("a.ico", "not an image that Pillow can read"),
     "--prompt_file {}/no.txt": ("--prompt_file", "no.txt"),
     "--prompt_file {}/blank.txt": ("--prompt_file", "blank.txt", "holds no prompt"),
     "--prompt_file {}/binary.txt": ("--prompt_file", "binary.txt", "UTF-8"),
@@ -514,6 +515,7 @@ def odd_files(folder: Path) -> None:
     (folder / "tars" / "0.tar").touch()
     Image.effect_noise((64, 64), 80).save(folder / "whole.png")
     (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:1000])
+    Image.new("RGB", (64, 64)).save(folder / "a.ico")  # no format that pictures come in
     (folder / "blank.txt").write_text(" \n\n")
     (folder / "binary.txt").write_bytes(b"\xff\xfe\xfa")
     (folder / "bad.list").write_text("pipe:cat 0.tar\n")

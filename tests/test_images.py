@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from glide_finetune.data.bad_samples import BadSample
+from glide_finetune.data.image_files import upright_size
 from glide_finetune.data.images import (
     crop_box,
     prepared_size,
@@ -25,7 +26,6 @@ from glide_finetune.data.images import (
     to_pil,
     to_rgb,
     to_tensor,
-    upright_size,
 )
 
 

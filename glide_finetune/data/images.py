@@ -1,17 +1,12 @@
 """The one way from an image file to pixels, for every loader and for single images.
 
-Open, refuse bombs, apply the EXIF orientation, put transparency on white, convert to RGB, cut a
-window of the target's shape (never squashing), resize with antialiasing.
+Open the file (`image_files`), put transparency on white, convert to RGB, cut a window of the
+target's shape (never squashing), resize with antialiasing, turn as EXIF says.
 """
 
-import contextlib
-import io
-import logging
 import math
 import os
 import random
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +14,15 @@ import torch
 from PIL import Image
 
 from glide_finetune.data.bad_samples import BadSample
-from glide_finetune.data.regular_files import open_regular
+from glide_finetune.data.image_files import (
+    SIDEWAYS,
+    TURNS,
+    ImageSource,
+    opened,
+    turn_of,
+    turned_size,
+)
 
-MAX_PIXELS = 2**27  # 134 million: above it a file is taken for a decompression bomb
 MIN_SIDE = 8  # pixels; what is narrower shows nothing
 
 # JPEGs may be decoded at a half, a quarter or an eighth that is still this many times as large as
@@ -34,19 +35,7 @@ PREPARED_GAP = 1.4
 # resampling step; Pillow calls 2 hard to tell from resampling the full image.
 REDUCING_GAP = 2.0
 
-# It logs what the exception that follows tells too.
-logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
-
-# Pillow knows more formats, but some hand their data to other programs (EPS to Ghostscript).
-Image.init()
-FORMATS = [
-    name
-    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "MPO", "PPM")
-    if name in Image.OPEN
-]
-
 Box = tuple[float, float, float, float]  # left, upper, right, lower in pixels
-ImageSource = str | os.PathLike | bytes
 
 
 def crop_box(
@@ -106,10 +95,10 @@ def read_crop(
     The window is that of `crop_box`. Smaller images are enlarged, but not slivers. Raises BadSample
     with the reason for these and for anything that is no complete image.
     """
-    with _opened(source) as image:
+    with opened(source) as image:
         # The window is chosen before a pixel is decoded, so that JPEGs can be decoded small.
-        turn = _turn(image)
-        upright = _upright_size(image.size, turn)
+        turn = turn_of(image)
+        upright = turned_size(image.size, turn)
         _refuse_sliver(upright, size)
         return _cut(image, turn, crop_box(upright, size, resize_ratio, rng), size, DRAFT_GAP)
 
@@ -121,9 +110,9 @@ def read_prepared(
 
     Raises BadSample as `read_crop` does for the same `size` and `resize_ratio`.
     """
-    with _opened(source) as image:
-        turn = _turn(image)
-        upright = _upright_size(image.size, turn)
+    with opened(source) as image:
+        turn = turn_of(image)
+        upright = turned_size(image.size, turn)
         _refuse_sliver(upright, size)
         prepared = prepared_size(upright, size, resize_ratio)
         # Made once and used often, and to be resampled again, so with more care than a crop.
@@ -132,90 +121,15 @@ def read_prepared(
         return _cut(image, turn, whole, prepared, 2 * DRAFT_GAP, resampling), upright
 
 
-def upright_size(source: ImageSource) -> tuple[int, int]:
-    """(width, height) of an image as it is to be seen. Raises BadSample if that cannot be told."""
-    with _opened(source) as image:
-        turn = _turn(image)
-        return _upright_size(image.size, turn)
-
-
-@contextlib.contextmanager
-def _opened(source: ImageSource) -> Iterator[Image.Image]:
-    """The image, not decoded yet. What goes wrong here or in the body is raised as BadSample."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow's about what does no harm here
-            file = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
-            with file, Image.open(file, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise BadSample(f"too many pixels ({image.width}x{image.height})")
-                _scale_transparency(image)
-                yield image
-    except BadSample:
-        raise
-    except Exception as error:  # Pillow's decoders raise about a dozen types on broken files
-        raise BadSample(_reason(error)) from error
-
-
-def _scale_transparency(image: Image.Image) -> None:
-    """Make the transparent value or colour of a PNG what Pillow makes of pixels that have it.
-
-    Of the depths other than 8 bits it does so only for 1; 16-bit grey keeps its depth.
-    """
-    if image.format != "PNG" or "transparency" not in image.info or not image.tile:
-        return
-    stored, value = image.tile[0].args, image.info["transparency"]
-    if stored == "RGB;16B":
-        image.info["transparency"] = tuple(channel >> 8 for channel in value)
-    elif stored in ("L;2", "L;4"):
-        image.info["transparency"] = value * {"L;2": 85, "L;4": 17}[stored]
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image that Pillow can read"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"too many pixels ({error})"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _refuse_sliver(image_size: tuple[int, int], target_size: tuple[int, int]) -> None:
     scale = min(image_size[0] / target_size[0], image_size[1] / target_size[1])
     if any(scale * target < min(MIN_SIDE, target) for target in target_size):
         raise BadSample(f"too small or narrow ({image_size[0]}x{image_size[1]})")
 
 
-# What to do with the stored pixels for each value of EXIF's orientation.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 # Those whose stored pixels run from right to left, from the bottom to the top, along the columns.
 MIRRORED_X = (TURNS[2], TURNS[3], TURNS[6], TURNS[7])
 MIRRORED_Y = (TURNS[3], TURNS[4], TURNS[7], TURNS[8])
-SIDEWAYS = (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
-
-
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What to do with the stored pixels; after this the image's size is that of these."""
-    if image.format in ("PNG", "TIFF"):
-        # EXIF may come after the pixels; and TIFFs Pillow turns itself, in some versions only now.
-        image.load()
-    try:
-        return TURNS.get(image.getexif().get(0x0112))
-    except Exception:  # broken EXIF data raise all sorts; the picture may be fine all the same
-        return None
-
-
-def _upright_size(stored_size: tuple[int, int], turn: Image.Transpose | None) -> tuple[int, int]:
-    return stored_size[::-1] if turn in SIDEWAYS else stored_size
 
 
 def _cut(
@@ -232,7 +146,7 @@ def _cut(
     pixels by which its sides were rounded up could lie before the first ones.
     """
     left, upper, right, lower = box
-    width, height = _upright_size(image.size, turn)
+    width, height = turned_size(image.size, turn)
     if turn in MIRRORED_X:
         left, right = width - right, width - left
     if turn in MIRRORED_Y:
@@ -326,8 +240,8 @@ def read_mask(path: str | os.PathLike, size: tuple[int, int]) -> torch.Tensor:
     white. `size` is (width, height). Raises ValueError naming the file if it cannot be read.
     """
     try:
-        with _opened(Path(path)) as image:
-            turn = _turn(image)
+        with opened(Path(path)) as image:
+            turn = turn_of(image)
             white = to_rgb(image).convert("L").point(lambda value: 255 * (value >= 128))
             white = white if turn is None else white.transpose(turn)
             white = white.resize(size, Image.Resampling.BOX, box=crop_box(white.size, size))

@@ -35,7 +35,8 @@ from glide_finetune.config import FIELDS, ConfigError, TrainConfig
 from glide_finetune.data.bad_samples import KINDS, BadSample, DataAccount, Tally, describe_counts
 from glide_finetune.data.dataloading import received_from, worker_loader
 from glide_finetune.data.folder_index import index_folder
-from glide_finetune.data.images import ImageSource, read_prepared
+from glide_finetune.data.image_files import ImageSource
+from glide_finetune.data.images import read_prepared
 from glide_finetune.data.shards import is_remote
 from glide_finetune.data.wds_filter import parse_metadata
 from glide_finetune.wds_loader import (

@@ -9,7 +9,8 @@ from PIL import ImageOps
 
 from glide_finetune.data.bad_samples import Tally
 from glide_finetune.data.captions import Tokenizer, caption_tensors, default_tokenizer
-from glide_finetune.data.images import ImageSource, read_crop, shrink, to_tensor
+from glide_finetune.data.image_files import ImageSource
+from glide_finetune.data.images import read_crop, shrink, to_tensor
 
 
 @dataclass(frozen=True, kw_only=True)

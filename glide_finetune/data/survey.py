@@ -16,7 +16,7 @@ from tqdm import tqdm
 from glide_finetune.data.bad_samples import BadSample, Tally
 from glide_finetune.data.captions import default_tokenizer
 from glide_finetune.data.dataloading import worker_loader
-from glide_finetune.data.images import ImageSource, upright_size
+from glide_finetune.data.image_files import ImageSource, upright_size
 from glide_finetune.data.sample_recipe import SampleRecipe
 from glide_finetune.loader import TextImageDataset
 from glide_finetune.wds_loader import ShardStream
