@@ -150,6 +150,11 @@ def check_combinations(config: TrainConfig, start: Start) -> None:
     if config.weights_only and not start.weights:
         raise ConfigError("--weights_only goes with --resume_ckpt FILE.pt")
     check_device(config.device)
+    if (processes := os.environ.get("WORLD_SIZE", "")) not in ("", "1"):
+        raise ConfigError(
+            f"WORLD_SIZE is {processes}, as torchrun sets it, but each process would train a model "
+            "of its own: start one process without a launcher"
+        )
 
 
 def check_device(name: str) -> None:

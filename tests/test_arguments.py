@@ -605,6 +605,15 @@ class TestMistakes:
         for part in MISTAKES[words]:
             assert part in error
 
+    def test_a_launcher_of_several_processes_is_refused(self, monkeypatch, capsys):
+        for processes in ("", "1"):
+            monkeypatch.setenv("WORLD_SIZE", processes)
+            assert parse_config([]).batch_size == 1
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        with pytest.raises(SystemExit):
+            parse_config([])
+        assert "WORLD_SIZE is 4, as torchrun sets it" in capsys.readouterr().err
+
     def test_torch_is_not_imported_to_find_them(self, answers):
         assert answers["heavy"] == []
 
