@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from glide_finetune.config import (
+    LEAST_TIMESTEPS,
     PRECISIONS,
     SAMPLER_NAMES,
     ConfigError,
@@ -186,12 +187,12 @@ def check(config: GenerateConfig) -> None:
         )
     if bool(config.inpaint_image) != bool(config.inpaint_mask):
         raise ConfigError("--inpaint_image and --inpaint_mask go together: give both")
-    for model, kind, steps in (
-        ("base", "base", "steps"),
-        ("upsampler", "upsample", "upsample_steps"),
+    for model, kind, steps, sampler in (
+        ("base", "base", "steps", config.sampler),
+        ("upsampler", "upsample", "upsample_steps", config.upsample_sampler),
     ):
         timesteps = _check_model(model, getattr(config, model), kind)
-        _check_steps(steps, getattr(config, steps), timesteps)
+        _check_steps(steps, getattr(config, steps), sampler, timesteps)
     if config.clip and config.clip != [RELEASED]:
         for path in clip_paths(config.clip):
             if not path.exists():
@@ -240,18 +241,19 @@ def _check_model(name: str, given: str, kind: str) -> int:
     return released
 
 
-def _check_steps(name: str, respacing: str, timesteps: int) -> None:
+def _check_steps(name: str, respacing: str, sampler: str, timesteps: int) -> None:
     """ConfigError, naming the flag, unless a picture can be drawn at these of all timesteps."""
+    least = LEAST_TIMESTEPS.get(sampler, 2)
     if re.fullmatch(_RESPACING, respacing):
         try:
             kept = space_timesteps(timesteps, respacing)
         except ValueError as error:
             raise ConfigError(f"--{name}: {error}") from None
-        if len(kept) > 1:
+        if len(kept) >= least:
             return
     raise ConfigError(
-        f"--{name} is {respacing!r}; give a number from 2 to {timesteps}, or a respacing such as "
-        "fast27, ddim50 or 10,10,3,2,2"
+        f"--{name} is {respacing!r}; give a number from {least} to {timesteps}, or a respacing "
+        "such as fast27, ddim50 or 10,10,3,2,2"
     )
 
 
