@@ -18,6 +18,7 @@ from urllib3.exceptions import HTTPError
 from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext
 
+from glide_finetune.data.bad_samples import in_one_line
 from glide_finetune.data.shards import is_remote
 
 MAX_MEMBER_BYTES = 2**29  # no image is larger; where a header says so, it is damaged or hostile
@@ -70,7 +71,7 @@ def _samples(stream: BinaryIO, wanted: Collection[str]) -> Iterator[TarSample]:
             key, suffix = base_plus_ext(member.name)
             if key is None or not member.isreg():
                 continue
-            key, suffix = _in_one_line(key.removeprefix("./")), suffix.lower()
+            key, suffix = in_one_line(key.removeprefix("./")), suffix.lower()
             if sample is None or key != sample.key or suffix in sample.members:
                 if sample is not None:
                     yield sample
@@ -105,10 +106,6 @@ class _Member(tarfile.TarInfo):
         if not 0 <= self.size <= limit:
             raise tarfile.ReadError(f"a member of {self.size} bytes")
         return self
-
-
-def _in_one_line(name: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _open(
