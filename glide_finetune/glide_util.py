@@ -224,15 +224,13 @@ def sample(
     paints_on_picture = torch.is_tensor(inpaint_image) or bool(inpaint_image)
     name = sampler or ("ddim" if upsample_enabled or paints_on_picture else "plms")
     chosen = pick_sampler(name, cond_fn is not None, bool(threshold))
-    for what, share in (("guidance_rescale", guidance_rescale), ("threshold", threshold)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{what} is {share}: give a number from 0 to 1")
+    _check_ranges(
+        {"guidance_rescale": guidance_rescale, "threshold": threshold},
+        {"batch_size": batch_size, "side_x": side_x, "side_y": side_y},
+    )
     if glide_options.get("super_res", upsample_enabled) != upsample_enabled:
         kind = "a base model" if upsample_enabled else "an upsampler"
         raise ValueError(f"upsample_enabled is {upsample_enabled}, but the model is {kind}")
-    for what, number in (("batch_size", batch_size), ("side_x", side_x), ("side_y", side_y)):
-        if number < 1:
-            raise ValueError(f"{what} is {number}: give 1 or more")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise ValueError("there is no caption: give prompt a text, which may be empty, or several")
@@ -255,12 +253,7 @@ def sample(
     network: Callable[..., torch.Tensor] = glide_model
     if with_guidance:
         network = guided(glide_model, guidance_scale, guidance_rescale, full.alphas_cumprod)
-    is_ddpm = chosen is SAMPLERS["ddpm"]
-    if learned_variance is None:
-        learned_variance = not getattr(glide_model, "variance_is_stale", False)
-        if is_ddpm and not learned_variance:
-            logger.info(STALE_VARIANCE)
-    if is_ddpm and not learned_variance:
+    if chosen is SAMPLERS["ddpm"] and not _trusts_variance(glide_model, learned_variance):
         network = with_posterior_variance(network)
 
     given: dict[str, torch.Tensor] = {}
@@ -308,6 +301,15 @@ def sample(
     return known.put_back(drawn) if known else drawn
 
 
+def _check_ranges(shares: dict[str, float], counts: dict[str, int]) -> None:
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} is {share}: give a number from 0 to 1")
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}: give 1 or more")
+
+
 def pick_sampler(name: str, cond_fn: bool, threshold: bool) -> Sampler:
     """The sampler of that name, which can do what is asked.
 
@@ -322,6 +324,15 @@ def pick_sampler(name: str, cond_fn: bool, threshold: bool) -> Sampler:
             able = ", ".join(other for other in SAMPLERS if SAMPLERS[other].follows_guess)
             raise ValueError(f"{name} does not work with a {what}: choose one of {able}")
     return sampler
+
+
+def _trusts_variance(model: nn.Module, asked: bool | None) -> bool:
+    """Whether ddpm takes the model's variance; None asks what `load_model` found of it."""
+    if asked is not None:
+        return asked
+    if is_stale := getattr(model, "variance_is_stale", False):
+        logger.info(STALE_VARIANCE)
+    return not is_stale
 
 
 def _denoised_fn(threshold: float, known: KnownPixels | None) -> DenoisedFn | None:
