@@ -346,28 +346,74 @@ def test_batches_do_not_depend_on_the_workers_and_persistent_ones_follow_the_epo
         assert equal(list(loader), epochs[1][3:])
 
 
-def test_batches_are_the_same_where_shared_memory_has_no_room(folder, monkeypatch):
-    want = batches(full_dataset(folder))
+@pytest.fixture
+def no_shared_memory(monkeypatch):
+    """For workers that start from now on, and an end to a test that waits for them in vain."""
 
-    def full(tensor):
+    def full(*_):
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
 
+    signal.alarm(100)
+    yield lambda: monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+    signal.alarm(0)
+
+
+def test_batches_are_the_same_where_shared_memory_has_no_room(folder, no_shared_memory):
+    want = batches(full_dataset(folder))
     loader = make_dataloader(full_dataset(folder), 4, seed=5, num_workers=2, device="cpu")
-    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    no_shared_memory()
     assert equal(list(loader), want)
 
 
-def test_a_worker_that_was_killed_is_told_when_its_next_batch_is_due(folder):
-    loader = make_dataloader(full_dataset(folder), 4, seed=5, num_workers=1, device="cpu")
+KILLED = r"a data worker was killed.*lower --num_workers"
+
+
+def kill_a_worker():
+    worker = multiprocessing.active_children()[0]
+    worker.kill()
+    worker.join()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_worker_that_was_killed_is_told_when_its_next_batch_is_due(folder, num_workers):
+    loader = make_dataloader(full_dataset(folder), 4, seed=5, num_workers=num_workers, device="cpu")
     before = signal.getsignal(signal.SIGCHLD)
     received = iter(loader)
     next(received)
     assert signal.getsignal(signal.SIGCHLD) is before
-    (worker,) = multiprocessing.active_children()
-    worker.kill()
-    worker.join()
-    with pytest.raises(ChildProcessError, match=r"a data worker was killed.*lower --num_workers"):
+    kill_a_worker()
+    with pytest.raises(ChildProcessError, match=KILLED):
         list(received)
+
+
+def test_a_worker_that_was_killed_between_epochs_is_told(folder):
+    loader = make_dataloader(full_dataset(folder), 4, seed=5, num_workers=1, device="cpu")
+    list(loader)
+    kill_a_worker()
+    with pytest.raises(ChildProcessError, match=KILLED):
+        list(loader)
+
+
+def test_a_worker_that_was_killed_while_it_sends_is_told(folder, no_shared_memory):
+    data = dataset(folder, side_x=128, side_y=128)  # a batch is more than a pipe holds
+    loader = make_dataloader(data, 4, seed=5, num_workers=2, device="cpu")
+    no_shared_memory()
+    received = iter(loader)
+    next(received)
+    time.sleep(0.5)  # until they wait for the pipe to empty
+    kill_a_worker()
+    with pytest.raises(ChildProcessError, match=KILLED):
+        list(received)
+
+
+def test_an_error_of_our_own_in_a_worker_is_no_killed_worker(folder, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(TextImageDataset, "draw", fail)
+    loader = make_dataloader(full_dataset(folder), 4, seed=5, num_workers=1, device="cpu")
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        list(loader)
 
 
 class CountedDraws(TextImageDataset):
@@ -485,6 +531,17 @@ def test_one_that_can_be_read_is_among_those_held_back(tmp_path, split):
     assert len(held_back) == 2
     assert len(train) == 4
     assert len({str(item) for item in held_back}) == 1  # the other one stands in
+
+
+@pytest.mark.parametrize("split", [split_validation, split_by_caption])
+@pytest.mark.parametrize("whole", range(4))
+def test_not_all_are_held_back_whichever_can_be_read(tmp_path, split, whole):
+    write_images(tmp_path, 4)
+    for index in {0, 1, 2, 3} - {whole}:
+        (tmp_path / f"{index:03}.png").write_bytes(b"")
+    train, held_back = split(dataset(tmp_path), 1e-9, seed=0)
+    assert len(train) + len(held_back) == 4
+    assert len(train) > 0
 
 
 def test_a_sample_that_is_skipped_keeps_nothing_alive(tmp_path):

@@ -18,7 +18,9 @@ def split_by_caption(
         ValueError: one of the two parts would be empty.
     """
     draws = [derived_seed(seed, "validation", name) / 2**64 for name in caption_groups(dataset)]
-    least = draws[dataset.first_readable(sorted(range(len(draws)), key=draws.__getitem__))]
+    order = sorted(range(len(draws)), key=draws.__getitem__)
+    all_but_one_group = [index for index in order if draws[index] < max(draws)]
+    least = draws[dataset.first_readable(all_but_one_group or order)]
     parts: tuple[list[int], list[int]] = ([], [])
     for index, draw in enumerate(draws):
         parts[draw < fraction or draw <= least].append(index)

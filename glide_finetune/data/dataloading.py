@@ -13,6 +13,8 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain, count, cycle, islice
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -462,29 +464,61 @@ def received_from(loader: DataLoader) -> Iterator[Any]:
         ChildProcessError: one of them has died. That is told when its next item is due; torch's own
             handler of SIGCHLD would break a training step off in the middle.
     """
-    with _handler_of_children_kept():
-        items = iter(loader)
+    handler = _handler_of_children()
     try:
-        yield from items
+        try:
+            items = iter(loader)
+        finally:
+            _handle_children(handler)
+        workers = getattr(items, "_workers", [])
+        while (item := _next_item(items, workers)) is not _END:
+            yield item
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith("DataLoader worker (pid"):
             raise
-        raise ChildProcessError(
-            "a data worker was killed, most likely since memory ran out: lower --num_workers, or "
-            "--batch_size"
-        ) from None
+        raise _worker_died() from None
 
 
-@contextlib.contextmanager
-def _handler_of_children_kept() -> Iterator[None]:
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        yield  # torch sets none then
-        return
-    before = signal.getsignal(signal.SIGCHLD)
+_END = object()
+
+
+def _next_item(items: Iterator[Any], workers: Sequence[BaseProcess]) -> Any:
+    """The next item, or `_END`. ChildProcessError as soon as a worker is dead: one that dies while
+    it sends leaves half a message, for whose other half torch would wait."""
+
+    def look_at_them(*_: Any) -> None:
+        if not all(worker.is_alive() for worker in workers):
+            raise _worker_died()
+
+    handler = _handler_of_children()
+    if handler is not None:
+        _handle_children(look_at_them)
     try:
-        yield
+        look_at_them()
+        return next(items, _END)
+    except (RuntimeError, ConnectionError, EOFError):  # which may all come of a worker's death
+        if workers and wait([worker.sentinel for worker in workers], timeout=1):
+            raise _worker_died() from None
+        raise
     finally:
-        signal.signal(signal.SIGCHLD, before)
+        _handle_children(handler)
+
+
+def _worker_died() -> ChildProcessError:
+    return ChildProcessError(
+        "a data worker was killed, most likely since memory ran out: lower --num_workers, or "
+        "--batch_size"
+    )
+
+
+def _handler_of_children() -> Any:
+    return signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+
+
+def _handle_children(handler: Any) -> None:
+    """Set the handler of SIGCHLD, where there is one and this is the thread that can."""
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
