@@ -9,7 +9,7 @@ import logging
 import math
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -160,12 +160,7 @@ class Trainer:
                 "--max_steps or --epochs to go on", self.progress.step, self.progress.epoch,
             )  # fmt: skip
         while not (self.reached_end() or self.stop_requested):
-            try:
-                self.run_epoch(loader, display)
-            except (OSError, ValueError):  # of the data: no step is half made
-                self.save()
-                logger.info("saved at step %d; to go on: %s", self.progress.step, self.command)
-                raise
+            self.run_epoch(loader, display)
 
     @property
     def command(self) -> str:
@@ -198,7 +193,7 @@ class Trainer:
         self._total_steps = self.count_steps(loader)
         self.model.train()
         timer = StepTimer(loader)
-        groups = groups_of(self.config.gradient_accumulation_steps, timer)
+        groups = groups_of(self.config.gradient_accumulation_steps, self._saving_at_error(timer))
         state_bytes = training_state_bytes(self.model.parameters(), self.ema is not None)
         for batches, ends_epoch in groups:
             with out_of_memory_explained(
@@ -215,6 +210,25 @@ class Trainer:
         if self.progress.batch == 0:
             raise ValueError("the data gave no batch: it is empty or everything was filtered out")
         self._count_epoch()  # of which a resumed run found nothing left
+
+    def _saving_at_error(self, batches: Iterable) -> Iterator[Any]:
+        """Passes batches on. If the data fails, which is between two steps, saves before that ends
+        the run."""
+        try:
+            yield from batches
+        except (OSError, ValueError):
+            self._save_what_is_made()
+            raise
+
+    def _save_what_is_made(self) -> None:
+        if self.progress.step == self.progress.first_step:
+            return
+        try:
+            self.finish()
+        except OSError as error:
+            logger.error("%s", error)
+        else:
+            logger.info("saved at step %d; to go on: %s", self.progress.step, self.command)
 
     def _count_epoch(self) -> None:
         self.progress.epoch += 1
@@ -422,8 +436,8 @@ class Trainer:
                 "file beside it to start without"
             ) from None
         self._unreported = state.get("unreported")
-        if self._unreported:
-            self._unreported[0].setdefault("epoch", progress.epoch)  # as above
+        if self._unreported:  # in which older versions did not keep the epoch
+            self._unreported[0].setdefault("epoch", progress.epoch)
         saved_batch_size = state.get("batch_size", self.config.batch_size)
         progress.batch = progress.batch * saved_batch_size // self.config.batch_size
         if new_run:

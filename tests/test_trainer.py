@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from glide_finetune import bad_steps, steps
+from glide_finetune import bad_steps, checkpoint_writer, steps
 from glide_finetune import trainer as trainer_module
 from glide_finetune.bad_steps import TrainingDiverged
 from glide_finetune.batch_losses import batch_losses
@@ -423,6 +423,43 @@ def test_a_request_to_stop_saves_after_the_step_without_drawing(tmp_path):
     assert trainer.progress.step == 3
     assert drawn == []
     assert newest_checkpoint(tmp_path).step == 3
+
+
+class Failing(Batches):
+    """Data that can no longer be read after some batches."""
+
+    def __iter__(self):
+        yield from super().__iter__()
+        raise OSError("the data is gone")
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_run_whose_data_fails_saves_what_is_made(tmp_path, caplog, steps):
+    caplog.set_level(logging.INFO)
+    trainer = tiny_trainer(tmp_path, epochs=1)
+    # the batch after the one to train on is fetched first
+    with pytest.raises(OSError, match="the data is gone"):
+        trainer.train(Failing(steps + 1))
+    assert trainer.progress.step == steps
+    saved = newest_checkpoint(tmp_path)
+    assert (saved.step if saved else 0) == steps
+    assert (f"saved at step {steps}; to go on: " in caplog.text) == (steps > 0)
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_hide_why_the_run_ends(
+    tmp_path, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO)
+    trainer = tiny_trainer(tmp_path, epochs=1)
+
+    def fail(*_, **__):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", fail)
+    with pytest.raises(OSError, match="the data is gone"):
+        trainer.train(Failing(2))
+    assert "the disk is full" in caplog.text
+    assert "saved at" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", [Batches, Stream])
