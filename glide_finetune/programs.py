@@ -41,8 +41,7 @@ def run_program(
     """
     if hasattr(sys.stdout, "reconfigure"):  # what a caller put in its place need not have it
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
-    logging.basicConfig(format="%(message)s", handlers=[_LineHandler(sys.stdout)])
-    logging.raiseExceptions = False  # nor does a line that a bar would print around itself
+    logging.basicConfig(format="%(message)s", handlers=[LineHandler()])
     for package in ("glide_finetune", "glide_text2im"):
         logging.getLogger(package).setLevel(logging.INFO)
     keep_freed_memory()
@@ -70,15 +69,29 @@ def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-class _LineHandler(logging.StreamHandler):
-    """Prints lines; where standard output is gone, on standard error. None ends a run."""
+class LineHandler(logging.Handler):
+    """Prints lines above the bars that there are; where standard output is gone, on standard error.
+    None ends a run."""
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        tell(self.format(record))
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm  # here, as not all that comes here has a bar
+
+        try:
+            line = self.format(record)
+        except Exception:  # a mistake in the call
+            self.handleError(record)
+            return
+        try:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        except (OSError, ValueError, AttributeError):  # the latter two: closed, then or always
+            tell(line)
 
 
-def _give_up_if_gone(stream: TextIO) -> None:
+def _give_up_if_gone(stream: TextIO | None) -> None:
     """Else Python would end with an error of its own, in place of the exit status."""
+    if stream is None or stream.closed:
+        return
     try:
         stream.flush()
     except OSError:

@@ -22,8 +22,8 @@ ONE_PRESS = 0.2  # seconds within which one Ctrl-C may come twice: from the term
 
 @contextlib.contextmanager
 def stopping_on_signals(trainer: "Trainer") -> Iterator[list[signal.Signals]]:
-    """While open, these signals end training after the current step; a second Ctrl-C ends it at
-    once. Gives the list of the signals received."""
+    """While open, these signals end training after the current step; a second Ctrl-C, no sooner
+    than `ONE_PRESS` after the first, ends it at once. Gives the list of the signals received."""
     received: list[signal.Signals] = []
     first_at = 0.0
     owner = os.getpid()

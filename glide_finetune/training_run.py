@@ -26,6 +26,7 @@ from glide_finetune.memory import available_memory, training_state_bytes
 from glide_finetune.metrics import MetricsLog
 from glide_finetune.model_options import description_path
 from glide_finetune.optimization import make_optimizer
+from glide_finetune.programs import LineHandler
 from glide_finetune.runs import (
     ARGS_NAME,
     Start,
@@ -119,12 +120,20 @@ def _run(
     with contextlib.closing(trainer.log):
         announce(trainer, data)
         warn_of_changes(origin, provenance, config)
-        with logging_redirect_tqdm(), stopping_on_signals(trainer) as received:
+        with _lines_above_bars(), stopping_on_signals(trainer) as received:
             trainer.train(data.loader)
     outcome = report_end(trainer, received)
     if job.at_end:
         job.at_end(run_folder)
     return outcome
+
+
+def _lines_above_bars() -> contextlib.AbstractContextManager:
+    """In a notebook; the programs print theirs so anyway."""
+    handlers = logging.getLogger().handlers
+    if any(isinstance(handler, LineHandler) for handler in handlers):
+        return contextlib.nullcontext()
+    return logging_redirect_tqdm()
 
 
 def glide_job(config: TrainConfig, origin: "Origin", device: torch.device) -> "Job":

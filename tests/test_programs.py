@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -61,21 +62,42 @@ def test_a_program_can_print_into_any_stream():
     assert out.getvalue() == "done\n"
 
 
-def test_lines_that_nobody_reads_come_on_standard_error_and_end_nothing():
-    code = (
-        "import logging, sys; from glide_finetune.programs import run_program\n"
-        "def action():\n"
-        "    logging.getLogger('glide_finetune').info('saved')\n"
-        "    return 143\n"
-        "sys.exit(run_program('a.py', action))"
-    )
+LOGGING = """
+import logging, sys
+from tqdm import tqdm
+from glide_finetune.programs import run_program
+def action():
+    logger = logging.getLogger('glide_finetune')
+    with tqdm(total=2, disable=True):
+        logger.warning('%d is no number', 'this')  # a mistake of ours
+        logger.info('saved')
+    return 143
+sys.exit(run_program('a.py', action))
+"""
+
+
+@pytest.mark.parametrize("lost", ["closed", "unread", "full"])
+def test_lines_that_nobody_reads_come_on_standard_error_and_end_nothing(lost):
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, check=False, stdout=writing, stderr=subprocess.PIPE)
-    assert (done.returncode, done.stderr) == (143, b"saved\n")
-    done = subprocess.run(command, check=False, stdout=writing, stderr=writing)
-    assert done.returncode == 143
+    redirect = {"closed": ">&-", "unread": f">&{writing}", "full": "> /dev/full"}[lost]
+    both = redirect + " 2>&1" if lost != "closed" else ">&- 2>&-"
+    for where, told in ((redirect, "saved"), (both, "")):
+        command = f"exec {shlex.join([sys.executable, '-c', LOGGING])} {where}"
+        done = subprocess.run(
+            ["bash", "-c", command], check=False, capture_output=True, text=True,
+            pass_fds=[writing],
+        )  # fmt: skip
+        assert done.returncode == 143
+        assert done.stderr.splitlines()[-1:] == [told][: bool(told)]
+    os.close(writing)
+
+
+def test_lines_come_on_standard_output():
+    done = subprocess.run(
+        [sys.executable, "-c", LOGGING], check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (143, "saved\n")
 
 
 def test_an_action_that_ends_gives_the_status(capsys):
@@ -165,11 +187,14 @@ def test_memory_that_is_freed_is_kept():
 def test_a_second_ctrl_c_leaves_in_the_name_of_the_program(capfd, monkeypatch, config, name):
     statuses = []
     monkeypatch.setattr(os, "_exit", statuses.append)
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     with stopping_on_signals(SimpleNamespace(config=config, stop_requested=False)) as received:
         signal.raise_signal(signal.SIGINT)
+        now += ONE_PRESS / 2
         signal.raise_signal(signal.SIGINT)  # the same one, passed on by a launcher
         assert statuses == []
-        time.sleep(2 * ONE_PRESS)
+        now += ONE_PRESS
         signal.raise_signal(signal.SIGINT)
     assert statuses == [130]
     assert received == [signal.SIGINT] * 3
