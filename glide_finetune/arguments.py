@@ -21,7 +21,7 @@ from glide_finetune.demo import DEMO_SETTINGS, fast_precision
 from glide_finetune.model_options import MODEL_TYPES, described_model, parse_model_option
 from glide_finetune.runs import ARGS_NAME, interpret_resume, read_args
 
-# Setting one of these, but to nothing, means that the other is not wanted.
+# Setting one of these means that the other is not wanted.
 _INSTEAD: dict[str, dict[str, Any]] = {
     "test_prompt": {"prompt_file": ""},
     "val_data_dir": {"val_fraction": 0.0},
@@ -101,7 +101,8 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     for layer in layers:
         options = settings["model_options"] | layer.get("model_options", {})
         for name, value in layer.items():
-            settings |= _INSTEAD.get(name, {}) if value else {}
+            if value or name == "test_prompt":  # which may be empty
+                settings |= _INSTEAD.get(name, {})
         settings |= _as_precision(layer, settings.get("precision")) | {"model_options": options}
     return settings
 

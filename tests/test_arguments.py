@@ -313,7 +313,8 @@ class TestDefaultsFromElsewhere:
         (tmp_path / "prompts.txt").write_text("a cat\n")
         run = str(saved_run(tmp_path / "old", prompt_file="prompts.txt"))
         assert parse_config(["--config", run]).prompt_file == str(tmp_path / "prompts.txt")
-        assert parse_config(["--config", run, "--test_prompt", "a dog"]).prompt_file == ""
+        for prompt in ("a dog", ""):
+            assert parse_config(["--config", run, "--test_prompt", prompt]).prompt_file == ""
 
     def test_a_typed_way_to_validate_wins_over_a_saved_one(self, tmp_path):
         run = str(saved_run(tmp_path / "old", val_fraction=0.1))

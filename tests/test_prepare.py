@@ -379,6 +379,7 @@ def test_unreadable_samples_are_named_once_and_counted(tmp_path, caplog):
         ((), {"wds_dataset_name": "generic"}),
         (("--train_upsample", "--upscale_factor", "8"), {"train_upsample": True}),
         (("--no-use_captions",), {"use_captions": False}),
+        (("--resize_ratio", "0.5"), {"resize_ratio": 0.5}),
         (("--use_webdataset",), {"wds_dataset_name": "laion"}),  # else the unsafe come along
         (("--use_webdataset", "--wds_dataset_name", "alamy"), {"wds_dataset_name": "alamy"}),
     ],

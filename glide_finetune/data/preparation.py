@@ -411,7 +411,7 @@ def _training_flags(out: Path, config: TrainConfig) -> str:
     flags = ["--data_dir", str(out), "--use_webdataset", "--wds_dataset_name", dataset_name]
     flags += ["--train_upsample"] * config.train_upsample
     flags += ["--no-use_captions"] * (not config.use_captions)
-    for name in ("side_x", "side_y", "upscale_factor"):
+    for name in ("side_x", "side_y", "upscale_factor", "resize_ratio"):
         value = getattr(config, name)
         if value != FIELDS[name].default:
             flags += [f"--{name}", str(value)]
