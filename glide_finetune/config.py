@@ -19,7 +19,6 @@ from glide_finetune.model_options import MODEL_PRESETS, training_options, type_o
 DATASET_NAMES = ("laion", "alamy", "generic")
 PRECISIONS = ("fp32", "bf16", "fp16")
 LOSS_WEIGHTINGS = ("none", "min_snr", "soft_min_snr")
-LEAST_TIMESTEPS = {"plms": 3, "prk": 3}  # of samplers that need more than two
 SAMPLER_NAMES = ("ddpm", "ddim", "plms", "prk", "euler", "euler_a", "dpm++2m", "dpm++2m_sde")
 
 START = "how to start"

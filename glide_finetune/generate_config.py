@@ -14,7 +14,6 @@ from typing import Any
 from PIL import Image
 
 from glide_finetune.config import (
-    LEAST_TIMESTEPS,
     PRECISIONS,
     SAMPLER_NAMES,
     ConfigError,
@@ -165,6 +164,7 @@ RANGES = {
     "side_y": _FROM_ZERO,
     "upsample_temp": _FROM_ZERO,
 }
+LEAST_TIMESTEPS = {"plms": 3, "prk": 3}  # of samplers that need more than two
 _COUNT = r"[1-9][0-9]*"
 _RESPACING = rf"{_COUNT}(,{_COUNT})*|ddim{_COUNT}|fast27"
 
@@ -244,6 +244,7 @@ def _check_model(name: str, given: str, kind: str) -> int:
 def _check_steps(name: str, respacing: str, sampler: str, timesteps: int) -> None:
     """ConfigError, naming the flag, unless a picture can be drawn at these of all timesteps."""
     least = LEAST_TIMESTEPS.get(sampler, 2)
+    of_sampler = f", which {sampler} needs," if sampler in LEAST_TIMESTEPS else ""
     if re.fullmatch(_RESPACING, respacing):
         try:
             kept = space_timesteps(timesteps, respacing)
@@ -252,8 +253,8 @@ def _check_steps(name: str, respacing: str, sampler: str, timesteps: int) -> Non
         if len(kept) >= least:
             return
     raise ConfigError(
-        f"--{name} is {respacing!r}; give a number from {least} to {timesteps}, or a respacing "
-        "such as fast27, ddim50 or 10,10,3,2,2"
+        f"--{name} is {respacing!r}; give a number from {least}{of_sampler} to {timesteps}, or a "
+        "respacing such as fast27, ddim50 or 10,10,3,2,2"
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.data import ChainDataset, ConcatDataset, Subset
 
 
 @dataclass
@@ -62,14 +63,18 @@ class StepTimer:
         }
 
 
-def set_epoch_of_datasets(holder: Any, epoch: int) -> None:
-    """Call `set_epoch` of all that a torch DataLoader draws from, through Subset, ConcatDataset
-    and whatever else has a `dataset` or `datasets`."""
-    for dataset in [getattr(holder, "dataset", None), *getattr(holder, "datasets", ())]:
+def set_epoch_of_datasets(loader: Any, epoch: int) -> None:
+    """Call `set_epoch` of the dataset of a torch DataLoader, if it has that, or of those that torch
+    has put together to it."""
+    datasets = [getattr(loader, "dataset", None)]
+    while datasets:
+        dataset = datasets.pop()
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(epoch)
-        elif dataset is not None:
-            set_epoch_of_datasets(dataset, epoch)
+        elif isinstance(dataset, Subset):
+            datasets.append(dataset.dataset)
+        elif isinstance(dataset, ConcatDataset | ChainDataset):
+            datasets += dataset.datasets
 
 
 def is_time(step: int, interval: int) -> bool:

@@ -333,9 +333,9 @@ MISTAKES = {
         for steps in ("many", "0", "1", "-5", "ddim0", "10,x", "10,0", "fast99", "")
     },
     "steps": (["--steps", "2000"], "--steps: timestep respacing asks for 2000 of the 1000"),
-    "few for plms": (["--sampler", "plms", "--steps", "2"], "'2'; give a number from 3 to 1000"),
+    "few for plms": (["--sampler", "plms", "--steps", "2"], "number from 3, which plms needs"),
     "few for prk": (
-        ["--upsample_sampler", "prk", "--upsample_steps", "2"], "'2'; give a number from 3 to 1000"
+        ["--upsample_sampler", "prk", "--upsample_steps", "2"], "number from 3, which prk needs"
     ),
     "sections": (["--upsample_steps", "9,501"], "--upsample_steps: timestep respacing asks for 50"),
     "stride": (["--steps", "ddim300"], "--steps: no whole stride over 1000 timesteps gives ddim"),

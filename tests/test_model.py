@@ -288,6 +288,7 @@ def test_the_output_is_contiguous_as_code_that_views_it_expects():
         ({"num_head_channels": 48}, "num_head_channels is 48, which does not divide the 64"),
         ({"num_head_channels": 128}, "num_head_channels is 128, which does not divide the 64"),
         ({"num_head_channels": -1, "num_heads": 3}, "num_heads is 3, which does not divide"),
+        ({"num_head_channels": -1, "num_heads_upsample": 3}, "num_heads_upsample is 3, which does"),
     ],
 )
 def test_heads_that_do_not_divide_the_channels_are_named(options, message):

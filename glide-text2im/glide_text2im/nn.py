@@ -45,7 +45,7 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 class _Casts(threading.local):
     """What `weights_cast_once` keeps: the parameter, so that its id is not used again, and its
-    copy. Every thread has its own, since one may train what another has no reason to cast anew."""
+    copy. Every thread has its own, since weights may change in one while another samples."""
 
     kept: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None = None
 

@@ -224,7 +224,8 @@ class UNet(nn.Module):
 
         def attention_block(channels: int, heads: int) -> AttentionBlock:
             if num_head_channels == -1:
-                option, divisor = "num_heads", heads
+                option = "num_heads" if heads == num_heads else "num_heads_upsample"
+                divisor = heads
             else:
                 option, divisor = "num_head_channels", num_head_channels
                 heads = channels // num_head_channels
