@@ -1,5 +1,6 @@
 """Local folders: what is found, what is skipped, and the same batches for the same seed."""
 
+import errno
 import gc
 import logging
 import multiprocessing
@@ -404,6 +405,29 @@ def test_a_worker_that_was_killed_while_it_sends_is_told(folder, no_shared_memor
     kill_a_worker()
     with pytest.raises(ChildProcessError, match=KILLED):
         list(received)
+
+
+# torch stumbles over what it has not made yet as it cleans up.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_workers_that_cannot_all_be_started_are_told_and_ended(folder, monkeypatch):
+    fork, made = os.fork, []
+
+    def limited():
+        if len(made) == 2:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        made.append(None)
+        return fork()
+
+    monkeypatch.setattr(os, "fork", limited)
+    loader = make_dataloader(full_dataset(folder), 4, seed=5, num_workers=3, device="cpu")
+    before = multiprocessing.active_children()
+    message = r"not all of 3 data workers can be started \(Resource.*lower --num_workers"
+    with pytest.raises(OSError, match=message):
+        list(loader)
+    for worker in multiprocessing.active_children():
+        if worker not in before:
+            worker.join(10)
+            assert worker.exitcode == -signal.SIGKILL
 
 
 def test_an_error_of_our_own_in_a_worker_is_no_killed_worker(folder, monkeypatch):

@@ -8,6 +8,7 @@ middle, where what lies before is not decoded.
 import atexit
 import contextlib
 import math
+import multiprocessing
 import signal
 import threading
 from collections import Counter
@@ -461,13 +462,23 @@ def received_from(loader: DataLoader) -> Iterator[Any]:
     """What the workers of a loader make.
 
     Raises:
+        OSError: they cannot be started.
         ChildProcessError: one of them has died. That is told when its next item is due; torch's own
             handler of SIGCHLD would break a training step off in the middle.
     """
     handler = _handler_of_children()
+    others = multiprocessing.active_children()
     try:
         try:
             items = iter(loader)
+        except OSError as error:
+            for worker in multiprocessing.active_children():
+                if worker not in others:  # which waits for the rest, and would for ever
+                    worker.kill()
+            raise OSError(
+                f"not all of {loader.num_workers} data workers can be started "
+                f"({error.strerror or error}): lower --num_workers, or raise the limits (ulimit)"
+            ) from None
         finally:
             _handle_children(handler)
         workers = getattr(items, "_workers", [])
