@@ -406,7 +406,9 @@ def text_of(name: str, text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ConfigError(f"--{name} is {text!r}, which is not UTF-8") from None
+        raise ConfigError(
+            f"--{name} is {text!r}, which is not UTF-8; if it was, set LC_ALL=C.UTF-8"
+        ) from None
     return text
 
 

@@ -80,8 +80,10 @@ def _draw(config: GenerateConfig) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        fewer = f"a --batch_size below {config.batch_size}, " if config.batch_size > 1 else ""
         raise OutOfMemory(
-            f"memory does not suffice: give a --batch_size below {config.batch_size}"
+            f"memory does not suffice: give {fewer}smaller --side_x and --side_y, or another "
+            "--device"
         ) from error
     return 0
 

@@ -127,6 +127,25 @@ def out_of_memory_explained(
         raise OutOfMemory(_advice(config, step, state_bytes, device, error)) from error
 
 
+@contextlib.contextmanager
+def lack_for_the_model_explained(config: TrainConfig) -> Iterator[None]:
+    """The same while the model is made and its training state read, before any step."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = [*config.state_advice, "choose a smaller --model_preset or another --device"]
+        raise OutOfMemory(
+            "not enough memory for the model and its training state. What helps most first: free "
+            f"what other programs hold; {'; '.join(advice)} ({_reason(error)})"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _advice(
     config: TrainConfig, step: int, state_bytes: int, device: torch.device, cause: BaseException
 ) -> str:
@@ -134,12 +153,11 @@ def _advice(
     total = total_memory(device)
     of_total = f"of {total / 1e9:.1f} GB " if total else ""
     average = ", moments and average" if config.ema_rate else " and moments"
-    reason = (str(cause).splitlines() or [type(cause).__name__])[0]
     return (
         f"not enough memory for step {step}: {of_total}weights, gradients{average} take "
         f"{state_bytes / 1e9:.2f} GB whatever the batch, a batch of {config.batch_size} at "
         f"{config.image_width}x{config.image_height} the rest. What helps most first: "
-        f"{'; '.join(config.memory_advice)} ({reason})"
+        f"{'; '.join(config.memory_advice)} ({_reason(cause)})"
     )
 
 

@@ -118,6 +118,8 @@ def _line_about(error: Exception, other_weights: str) -> str | None:
         return f"{error}: free some, or have what is written go to another disk"
     if isinstance(error, ValueError | OSError):
         return str(error)
+    if isinstance(error, ImportError):  # perhaps of torch, which cannot be imported again
+        return None
     # here, since what is told above needs no torch
     from glide_finetune.bad_steps import TrainingDiverged
     from glide_finetune.memory import OutOfMemory

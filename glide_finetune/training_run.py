@@ -22,7 +22,11 @@ from glide_finetune.checkpoints import (
 from glide_finetune.config import DATA, TRAINING, TrainConfig, recorded
 from glide_finetune.fp16_util import keep_in_bf16
 from glide_finetune.glide_util import load_model, read_image
-from glide_finetune.memory import available_memory, training_state_bytes
+from glide_finetune.memory import (
+    available_memory,
+    lack_for_the_model_explained,
+    training_state_bytes,
+)
 from glide_finetune.metrics import MetricsLog
 from glide_finetune.model_options import description_path
 from glide_finetune.optimization import make_optimizer
@@ -89,15 +93,16 @@ def _run(
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     torch.manual_seed(config.seed)
 
-    job = make_job(config, origin, device)
-    trainer, data, origin = job.trainer, job.data, job.origin
+    with lack_for_the_model_explained(config):
+        job = make_job(config, origin, device)
+        trainer, data, origin = job.trainer, job.data, job.origin
+        go_on(trainer, origin)
     settings = recorded(config) | origin.first
     trainer.provenance = provenance = {
         "trained_from": origin.first["resume_ckpt"] or config.init,
         "data": {"description": data.description, "fingerprint": data.fingerprint},
         "settings": settings,
     }
-    go_on(trainer, origin)
 
     # from here on something is written
     trainer.run_folder = run_folder = origin.run_dir or create_run(config.checkpoints_dir)
@@ -122,9 +127,10 @@ def _run(
         warn_of_changes(origin, provenance, config)
         with _lines_above_bars(), stopping_on_signals(trainer) as received:
             trainer.train(data.loader)
-    outcome = report_end(trainer, received)
-    if job.at_end:
-        job.at_end(run_folder)
+        # before the log is closed, for which wandb may take a while
+        outcome = report_end(trainer, received)
+        if job.at_end:
+            job.at_end(run_folder)
     return outcome
 
 

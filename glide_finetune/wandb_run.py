@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 INIT_SECONDS = 60  # to reach the server
 FINISH_SECONDS = 60  # to upload the rest at the end; it stays on disk for `wandb sync` anyway
+SILENT_SECONDS = 3  # of those that are not told
 QUEUE_LIMIT = 10_000
 
 
@@ -82,6 +83,9 @@ class WandbRun:
             return
         try:
             self._calls.put_nowait(None)
+            thread.join(SILENT_SECONDS)
+            if thread.is_alive():
+                logger.info("waiting for wandb, %d seconds at most", FINISH_SECONDS)
             thread.join(FINISH_SECONDS + 5)  # wandb's own limit comes first
         except queue.Full:
             pass

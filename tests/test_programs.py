@@ -143,6 +143,12 @@ def test_other_errors_pass(error):
         run_program("a.py", ending_with(error))
 
 
+def test_an_import_that_fails_is_told_as_it_is(monkeypatch):
+    monkeypatch.setitem(sys.modules, "glide_finetune.bad_steps", None)  # as torch cannot be again
+    with pytest.raises(ImportError, match=r"libtorch\.so"):
+        run_program("a.py", ending_with(ImportError("libtorch.so: cannot open")))
+
+
 def test_a_ctrl_c_needs_no_traceback(capsys):
     assert run_program("a.py", ending_with(KeyboardInterrupt())) == 130
     assert run_program("b.py", ending_with(KeyboardInterrupt()), after_interrupt="go on") == 130

@@ -149,6 +149,21 @@ class TestRun:
         progress = load(whole / "training-state-1x7.pt")["progress"]
         assert (progress["epoch"], progress["batch"], progress["images"]) == (1, 4, 14)
 
+    @pytest.mark.parametrize("where", ["load_model", "make_optimizer", "go_on"])
+    def test_a_model_that_does_not_fit_is_told_with_what_helps(
+        self, place, where, monkeypatch, capsys
+    ):
+        def fail(*_, **__):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd so on")
+
+        monkeypatch.setattr(training_run, where, fail)
+        assert main([*SMALL_MODEL, "--checkpoints_dir", "too_large"]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("train_glide.py: error: not enough memory for the model")
+        assert "--low_memory; train only a part with --freeze_transformer" in error
+        assert error.endswith("(CUDA out of memory. Tried to allocate 2 GiB.)\n")
+        assert not (place / "too_large").exists()
+
     def test_runs_are_numbered(self, place):
         words = [*SMALL_MODEL, "--checkpoints_dir", "numbered", "--max_steps", "1"]
         for number in ("0000", "0001"):
