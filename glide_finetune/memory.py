@@ -129,7 +129,7 @@ def out_of_memory_explained(
 
 @contextlib.contextmanager
 def lack_for_the_model_explained(config: TrainConfig) -> Iterator[None]:
-    """The same while the model is made and its training state read, before any step."""
+    """As `out_of_memory_explained`, where the model is made and its training state read."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -7,7 +7,6 @@ that never stopped, and no random state needs to be kept.
 
 import logging
 import math
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -162,11 +161,6 @@ class Trainer:
         while not (self.reached_end() or self.stop_requested):
             self.run_epoch(loader, display)
 
-    @property
-    def command(self) -> str:
-        """What goes on with this run."""
-        return f"{self.config.command} --resume_ckpt {shlex.quote(str(self.run_folder))}"
-
     def display(self, loader: Iterable) -> StepDisplay:
         """What shows the steps of this run."""
         return StepDisplay(self.progress.step, self.count_steps(loader))
@@ -228,7 +222,7 @@ class Trainer:
         except OSError as error:
             logger.error("%s", error)
         else:
-            logger.info("saved at step %d; to go on: %s", self.progress.step, self.command)
+            logger.info("saved at step %d in %s", self.progress.step, self.run_folder)
 
     def _count_epoch(self) -> None:
         self.progress.epoch += 1

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shlex
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -433,6 +434,7 @@ def report_end(trainer: Trainer, received: list[signal.Signals]) -> Outcome:
         logger.info("finished at step %d; %s is in %s", step, results, run_folder)
         return Outcome(run_folder)
     logger.info(
-        "stopped by %s, saved at step %d; to go on: %s", received[0].name, step, trainer.command
-    )
+        "stopped by %s, saved at step %d; to go on: %s --resume_ckpt %s",
+        received[0].name, step, trainer.config.command, shlex.quote(str(run_folder)),
+    )  # fmt: skip
     return Outcome(run_folder, received[0])

@@ -228,7 +228,7 @@ class TestResuming:
             "lower --num_workers, or --batch_size\n"
         )
         step = newest_checkpoint(run).step
-        assert f"saved at step {step}; to go on: " in out
+        assert f"saved at step {step} in " in out
         assert main(["--resume_ckpt", str(run), "--num_workers", "0"]) == 0
         assert_same_run(run, whole)
 
