@@ -16,12 +16,13 @@ from side_by_side import Measured, compare, repeated
 from training_step import fill_zeros, random_batch
 
 from glide_finetune.config import TrainConfig
+from glide_finetune.devices import pick_device
 from glide_finetune.fp16_util import Precision
-from glide_finetune.glide_util import load_model, sampling_mode, text_cached
+from glide_finetune.glide_util import load_model
 from glide_finetune.guidance import guided
 from glide_finetune.model_options import MODEL_PRESETS
 from glide_finetune.programs import keep_freed_memory
-from glide_finetune.training_run import pick_device
+from glide_finetune.sampling import sampling_mode, text_cached
 
 WAYS = {
     "naive": {"naive": True},

@@ -20,10 +20,10 @@ import torch
 
 from glide_finetune.checkpoint_writer import CheckpointWriter
 from glide_finetune.checkpoints import save_checkpoint
+from glide_finetune.devices import pick_device
 from glide_finetune.glide_util import load_model
 from glide_finetune.model_options import MODEL_PRESETS
 from glide_finetune.optimization import make_optimizer
-from glide_finetune.training_run import pick_device
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from training_step import WAYS, prepare_step
 
+from glide_finetune.devices import pick_device
 from glide_finetune.model_options import MODEL_PRESETS
-from glide_finetune.training_run import pick_device
 
 # The first pattern that is found in an operator's or a kernel's name tells what it is.
 KINDS = {

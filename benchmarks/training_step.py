@@ -21,13 +21,13 @@ from side_by_side import Measured, compare, repeated
 
 from glide_finetune.batch_losses import batch_losses
 from glide_finetune.config import TrainConfig
+from glide_finetune.devices import pick_device
 from glide_finetune.fp16_util import keep_in_bf16
 from glide_finetune.glide_util import load_model
 from glide_finetune.model_options import MODEL_PRESETS
 from glide_finetune.optimization import make_optimizer
 from glide_finetune.programs import keep_freed_memory
 from glide_finetune.trainer import Trainer
-from glide_finetune.training_run import pick_device
 
 WAYS: dict[str, dict[str, Any]] = {
     "naive": {"naive": True},

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from glide_finetune.config import ConfigError, TrainConfig, read_prompts, read_skip_words
+from glide_finetune.config import ConfigError, TrainConfig
 from glide_finetune.data.folder_index import check_folder
 from glide_finetune.data.shards import SHARD_SUFFIXES, expand_shards
 from glide_finetune.demo import DEMO_SETTINGS
@@ -22,6 +22,7 @@ from glide_finetune.model_options import (
     type_of_model,
 )
 from glide_finetune.runs import ARGS_NAME, Start, interpret_resume, read_args
+from glide_finetune.text_settings import read_prompts, read_skip_words
 from glide_text2im.defaults import downsampling_factor
 
 

@@ -8,9 +8,9 @@ import torch
 
 from glide_finetune.checkpoint_writer import MOST_OF_MEMORY
 from glide_finetune.config import TrainConfig
+from glide_finetune.devices import pick_device
 from glide_finetune.memory import OutOfMemory, available_memory, total_memory
 from glide_finetune.planner import Measurement, Memory, forecast, measure
-from glide_finetune.training_run import pick_device
 
 NAME_WIDTH = 30
 FIGURE_WIDTH = 10

@@ -19,8 +19,6 @@ from glide_finetune.config import (
     ConfigError,
     check_saved,
     flag,
-    read_lines,
-    text_of,
 )
 from glide_finetune.config_checks import (
     Range,
@@ -32,6 +30,7 @@ from glide_finetune.config_checks import (
 )
 from glide_finetune.model_options import described_model, released_options
 from glide_finetune.runs import ARGS_NAME, read_args
+from glide_finetune.text_settings import read_lines, text_of
 from glide_text2im.timesteps import space_timesteps
 
 RELEASED = "released"  # in place of a path: OpenAI's weights

@@ -26,6 +26,7 @@ from glide_finetune.atomic_files import name_file
 from glide_finetune.checkpoints import newest_checkpoint
 from glide_finetune.clip_weights import read_clip, used_clip
 from glide_finetune.data import images
+from glide_finetune.devices import pick_device
 from glide_finetune.fp16_util import Precision
 from glide_finetune.generate_config import (
     RELEASED,
@@ -33,12 +34,13 @@ from glide_finetune.generate_config import (
     check,
     check_stage,
 )
-from glide_finetune.glide_util import STALE_VARIANCE, load_model, pick_sampler, sample
+from glide_finetune.glide_util import load_model
 from glide_finetune.model_options import described_model
 from glide_finetune.runs import read_args
+from glide_finetune.samplers import pick_sampler
 from glide_finetune.samples import labelled_grid
+from glide_finetune.sampling import STALE_VARIANCE, sample
 from glide_finetune.seeds import derived_seed
-from glide_finetune.training_run import pick_device
 from glide_text2im.clip.model_creation import CLIPModel
 
 logger = logging.getLogger(__name__)

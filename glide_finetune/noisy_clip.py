@@ -16,12 +16,13 @@ from glide_finetune.clip_weights import make_clip, write_encoders
 from glide_finetune.contrastive import MOST_LOGIT_SCALE, ContrastiveLosses, contrastive_losses
 from glide_finetune.data.caption_split import split_by_caption
 from glide_finetune.data_report import report_data
-from glide_finetune.glide_util import sampling_mode
 from glide_finetune.noisy_clip_config import ClipConfig
 from glide_finetune.optimization import make_optimizer
+from glide_finetune.origin import Origin
+from glide_finetune.sampling import sampling_mode
 from glide_finetune.trainer import Trainer
 from glide_finetune.training_data import make_training_data
-from glide_finetune.training_run import Job, Origin
+from glide_finetune.training_run import Job
 from glide_finetune.validation import fixed_items
 from glide_text2im.clip.model_creation import CLIPModel
 from glide_text2im.gaussian_diffusion import GaussianDiffusion

@@ -34,9 +34,10 @@ from glide_finetune.memory import (
     training_state_bytes,
 )
 from glide_finetune.optimization import freeze, make_optimizer
+from glide_finetune.origin import find_origin
 from glide_finetune.runs import interpret_resume
 from glide_finetune.trainer import Trainer
-from glide_finetune.training_run import find_origin, glide_job, go_on
+from glide_finetune.training_run import glide_job, go_on
 from glide_text2im.model_creation import create_model_and_diffusion
 
 logger = logging.getLogger(__name__)

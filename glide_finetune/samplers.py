@@ -180,3 +180,19 @@ class NoisePerImage:
         """Standard normal noise in shape, dtype and device of `like`, (images, ...)."""
         rows = [torch.randn(like.shape[1:], generator=g) for g in self._generators]
         return torch.stack(rows).to(like)
+
+
+def pick_sampler(name: str, cond_fn: bool, threshold: bool) -> Sampler:
+    """The sampler of that name, which can do what is asked.
+
+    Raises:
+        ValueError: there is none, or it works with no `cond_fn` or no `threshold`.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
+    sampler = SAMPLERS[name]
+    for what, asked in (("cond_fn", cond_fn), ("threshold", threshold)):
+        if asked and not sampler.follows_guess:
+            able = ", ".join(other for other in SAMPLERS if SAMPLERS[other].follows_guess)
+            raise ValueError(f"{name} does not work with a {what}: choose one of {able}")
+    return sampler

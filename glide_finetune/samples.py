@@ -11,11 +11,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from glide_finetune.atomic_files import atomic_file
-from glide_finetune.config import TrainConfig, read_prompts
+from glide_finetune.config import TrainConfig
 from glide_finetune.data import images
-from glide_finetune.glide_util import PICTURES_A_PASS, sample
 from glide_finetune.random_state import random_state_kept
+from glide_finetune.sampling import PICTURES_A_PASS, sample
 from glide_finetune.seeds import derived_seed
+from glide_finetune.text_settings import read_prompts
 
 if TYPE_CHECKING:
     from glide_finetune.trainer import Trainer

@@ -1,6 +1,5 @@
 """The data of a run: batches to train on, images to validate on, one to draw samples from."""
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -9,18 +8,16 @@ from typing import Any
 
 import torch
 
-from glide_finetune.config import TrainConfig, read_skip_words
+from glide_finetune.config import TrainConfig
 from glide_finetune.data.captions import Tokenizer
-from glide_finetune.data.dataloading import (
-    FolderBatches,
-    ShardBatches,
-    hold_back,
-    make_dataloader,
-    split_validation,
-)
+from glide_finetune.data.dataloading import FolderBatches, ShardBatches, make_dataloader
+from glide_finetune.data.fingerprint import fingerprint
+from glide_finetune.data.shard_stream import ShardStream
 from glide_finetune.data.shards import shard_names
+from glide_finetune.data.validation_split import hold_back, split_validation
 from glide_finetune.loader import TextImageDataset
-from glide_finetune.wds_loader import ShardStream, glide_wds_loader
+from glide_finetune.text_settings import read_skip_words
+from glide_finetune.wds_loader import glide_wds_loader
 
 logger = logging.getLogger(__name__)
 
@@ -187,10 +184,7 @@ def _fingerprint(training: TextImageDataset | ShardStream) -> str:
         ]
     else:
         names = training.keys
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(os.fsencode(name) + b"\0")
-    return digest.hexdigest()[:16]
+    return fingerprint(names)[:16]
 
 
 def _describe(

@@ -5,7 +5,7 @@ import logging
 import shlex
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +13,27 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from glide_finetune import demo
-from glide_finetune.atomic_files import read_json, remove_temporary
-from glide_finetune.checkpoints import (
-    CheckpointFiles,
-    damaged_checkpoints,
-    files_beside,
-    newest_checkpoint,
-)
+from glide_finetune.atomic_files import remove_temporary
 from glide_finetune.config import DATA, TRAINING, TrainConfig, recorded
+from glide_finetune.data.images import read_image
+from glide_finetune.devices import check_compiler, pick_device
 from glide_finetune.fp16_util import keep_in_bf16
-from glide_finetune.glide_util import load_model, read_image
+from glide_finetune.glide_util import load_model
 from glide_finetune.memory import (
     available_memory,
     lack_for_the_model_explained,
     training_state_bytes,
 )
 from glide_finetune.metrics import MetricsLog
-from glide_finetune.model_options import description_path
 from glide_finetune.optimization import make_optimizer
+from glide_finetune.origin import Origin, find_origin, is_widened
 from glide_finetune.programs import LineHandler
-from glide_finetune.runs import (
-    ARGS_NAME,
-    Start,
-    create_run,
-    interpret_resume,
-    locked,
-    read_args,
-    write_args,
-)
+from glide_finetune.runs import create_run, interpret_resume, locked, write_args
 from glide_finetune.samples import SampleDrawer
 from glide_finetune.stopping import stopping_on_signals
 from glide_finetune.trainer import Trainer
 from glide_finetune.training_data import TrainingData, make_training_data
 from glide_finetune.validation import Validator
-from glide_finetune.weights import kind_of_model, may_be_widened, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +74,7 @@ def run(config: TrainConfig, make_job: "MakeJob | None" = None) -> Outcome:
 
 
 def _run(
-    config: TrainConfig, origin: "Origin", make_job: "MakeJob", stack: contextlib.ExitStack
+    config: TrainConfig, origin: Origin, make_job: "MakeJob", stack: contextlib.ExitStack
 ) -> Outcome:
     """Train as `config` says; `stack` holds the lock of the run for as long as that takes."""
     device = pick_device(config.device)
@@ -143,7 +130,7 @@ def _lines_above_bars() -> contextlib.AbstractContextManager:
     return logging_redirect_tqdm()
 
 
-def glide_job(config: TrainConfig, origin: "Origin", device: torch.device) -> "Job":
+def glide_job(config: TrainConfig, origin: Origin, device: torch.device) -> "Job":
     """The training of a GLIDE network."""
     if config.compile:
         check_compiler(device)
@@ -178,7 +165,7 @@ def glide_job(config: TrainConfig, origin: "Origin", device: torch.device) -> "J
     return Job(trainer, data, origin, low_res)
 
 
-def go_on(trainer: Trainer, origin: "Origin") -> None:
+def go_on(trainer: Trainer, origin: Origin) -> None:
     """Take over the training state that `origin` brings, if it brings one.
 
     Raises:
@@ -193,76 +180,6 @@ def go_on(trainer: Trainer, origin: "Origin") -> None:
             f"step {trainer.progress.step} already: give a higher one, or --weights_only, which "
             "counts from 0"
         )
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`, or for "" the best there is.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    if not name:
-        if torch.cuda.is_available():
-            name = "cuda"
-        else:
-            name = "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; "
-            "give another one or leave the flag out"
-        )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: it is not available here; give another one")
-    return device
-
-
-def check_compiler(device: torch.device) -> None:
-    """ValueError unless torch can compile for the device, tried with the smallest of functions."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-    except RuntimeError as error:  # of many kinds, for want of a compiler or of Triton
-        reason = str(error).splitlines()[0]
-        missing = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler"
-        raise ValueError(
-            f"--compile: torch cannot compile for {device.type} here ({reason}); it takes "
-            f"{missing}, such as g++; or leave the flag out"
-        ) from error
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a training process goes on from.
-
-    run_dir: the run to go on in; None makes a new one.
-    checkpoint: where weights, and perhaps the training state, come from; None follows `init`.
-    goes_on: whether `checkpoint` is one of that run's own.
-    first: the settings `resume_ckpt` and `weights_only` that the run began with, which it needs
-        again if it stops before its first checkpoint.
-    settings: those that the run was last started with, or that the training state in `checkpoint`
-        was made with; empty for a new one.
-    """
-
-    run_dir: Path | None = None
-    checkpoint: CheckpointFiles | None = None
-    goes_on: bool = False
-    first: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def brings_training_state(self) -> bool:
-        """Whether optimizer and step come along with the weights."""
-        if not (self.checkpoint and self.checkpoint.training_state):
-            return False
-        return self.goes_on or not self.first["weights_only"]
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """The JSON beside the checkpoint; empty if there is none that can be read."""
-        try:
-            return read_json(description_path(self.checkpoint.weights))
-        except ValueError:
-            return {}
 
 
 @dataclass(frozen=True)
@@ -284,74 +201,6 @@ class Job:
 
 
 MakeJob = Callable[[TrainConfig, Origin, torch.device], Job]
-
-
-def find_origin(config: TrainConfig, start: Start) -> Origin:
-    """What the training process goes on from at this moment; of a run the newest whole checkpoint.
-
-    Args:
-        start: what `--resume_ckpt` of `config` means.
-
-    Raises:
-        ValueError: the run has checkpoints, but all of them are damaged.
-    """
-    settings: dict[str, Any] = {}
-    first = {"resume_ckpt": "", "weights_only": config.weights_only}
-    if start.weights:
-        first["resume_ckpt"] = str(start.weights.resolve())
-    if start.run_dir and (start.run_dir / ARGS_NAME).exists():
-        settings = read_args(start.run_dir)
-        first = {name: settings.get(name, value) for name, value in first.items()}
-    if start.run_dir:
-        own = newest_checkpoint(start.run_dir)
-        _tell_of_damage(start.run_dir, own)
-        if own:
-            return Origin(start.run_dir, own, True, first, settings)
-    given = files_beside(Path(first["resume_ckpt"])) if first["resume_ckpt"] else None
-    return Origin(start.run_dir, given, False, first, settings)
-
-
-def _tell_of_damage(run_dir: Path, own: CheckpointFiles | None) -> None:
-    damaged = damaged_checkpoints(run_dir)
-    if not damaged:
-        return
-    told = "; ".join(f"of {weights.name}, {damage}" for weights, damage in damaged.items())
-    if own:
-        logger.warning(
-            "the run goes on from step %d, since newer checkpoints are damaged: %s", own.step, told
-        )
-        return
-    weights = next((path for path in reversed(damaged) if path.exists()), None)
-    instead = f"start a new run with --resume_ckpt {weights}, " if weights else ""
-    raise ValueError(
-        f"{run_dir} has no checkpoint that is whole: {told}; put back what is missing, {instead}or "
-        "delete its checkpoints to train it from its beginning"
-    )
-
-
-def is_widened(checkpoint: CheckpointFiles | None, config: TrainConfig) -> bool:
-    """Whether an inpainting model starts from weights of the kind that knows nothing of masks.
-
-    Raises:
-        ValueError: the weights cannot be read, or are never to learn of masks.
-    """
-    if not (checkpoint and config.train_inpaint):
-        return False
-    weights = read_weights(checkpoint.weights)
-    if not may_be_widened(weights, config.model_type):
-        return False
-    kind = kind_of_model(weights)
-    if config.freeze_diffusion:
-        raise ValueError(
-            f"--freeze_diffusion: {checkpoint.weights} is a model of kind {kind}, whose UNet has "
-            "yet to learn what a mask is; leave the flag out"
-        )
-    logger.info(
-        "%s, a model of kind %s, becomes one of kind %s: its weights alone are taken, and the "
-        "first convolution gets channels of zeros for the known pixels and the mask",
-        checkpoint.weights, kind, config.model_type,
-    )  # fmt: skip
-    return True
 
 
 def image_to_upsample(config: TrainConfig, data: TrainingData) -> torch.Tensor | None:

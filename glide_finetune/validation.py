@@ -8,8 +8,8 @@ import torch
 
 from glide_finetune.batch_losses import LossMeter, batch_losses
 from glide_finetune.config import TrainConfig
-from glide_finetune.glide_util import sampling_mode
 from glide_finetune.inpaint_masks import random_mask
+from glide_finetune.sampling import sampling_mode
 from glide_finetune.seeds import derived_random
 
 if TYPE_CHECKING:

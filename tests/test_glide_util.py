@@ -15,6 +15,7 @@ from glide_finetune.glide_util import (
     read_image,
     sample,
 )
+from glide_finetune.guidance import guided
 from glide_text2im.text2im_model import (
     InpaintText2ImUNet,
     SuperResInpaintText2ImUnet,
@@ -228,7 +229,7 @@ def test_guidance_moves_the_noise_away_from_that_of_no_caption():
         variance = torch.cat([torch.full_like(x[:half], 7.0), torch.full_like(x[half:], 9.0)])
         return torch.cat([eps, variance], dim=1).to(torch.bfloat16)
 
-    out = glide_util.guided(model, 4.0)(torch.zeros(2, 3, 4, 4), torch.zeros(2))
+    out = guided(model, 4.0)(torch.zeros(2, 3, 4, 4), torch.zeros(2))
     assert out.dtype == torch.float32
     assert (out[:, :3] == 1 + 4 * (3 - 1)).all()
     assert (out[:, 3:] == 7).all()

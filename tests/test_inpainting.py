@@ -16,9 +16,10 @@ from glide_finetune.glide_finetune import (
     run_glide_finetune_epoch,
     upsample_train_step,
 )
-from glide_finetune.glide_util import load_model, sampling_mode
+from glide_finetune.glide_util import load_model
 from glide_finetune.optimization import make_optimizer
 from glide_finetune.samples import SampleDrawer
+from glide_finetune.sampling import sampling_mode
 from glide_finetune.validation import Validator
 from glide_finetune.weights import write_weights
 from glide_text2im.model_creation import create_gaussian_diffusion

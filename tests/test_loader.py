@@ -19,10 +19,11 @@ from PIL import Image
 
 from glide_finetune.data.bad_samples import Tally
 from glide_finetune.data.caption_split import split_by_caption
-from glide_finetune.data.dataloading import make_dataloader, split_validation
+from glide_finetune.data.dataloading import make_dataloader
 from glide_finetune.data.folder_index import check_folder
 from glide_finetune.data.images import to_tensor
 from glide_finetune.data.shared_integer import SharedInteger
+from glide_finetune.data.validation_split import split_validation
 from glide_finetune.loader import TextImageDataset
 from stub_tokenizer import StubTokenizer, caption_of
 

@@ -13,9 +13,10 @@ from glide_finetune import cost_report, glide_util, memory, planner
 from glide_finetune.arguments import parse_config
 from glide_finetune.cost_report import duration, kept_checkpoints, report_cost
 from glide_finetune.memory import OutOfMemory
+from glide_finetune.origin import Origin
 from glide_finetune.planner import LiveMemory, Measurement, Memory, forecast, measure
 from glide_finetune.trainer import Trainer
-from glide_finetune.training_run import Origin, glide_job
+from glide_finetune.training_run import glide_job
 from train_glide import main
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glide_finetune.fp16_util import AUTOCAST_DTYPES, Precision
-from glide_finetune.glide_util import sample, sampling_mode
+from glide_finetune.sampling import sample, sampling_mode
 from glide_text2im import nn
 from tiny_training import (
     SIDE,

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from glide_finetune import training_run
+from glide_finetune import devices, training_run
 from glide_finetune.checkpoints import newest_checkpoint
 from glide_finetune.metrics import read_metrics
 from glide_finetune.model_options import training_options
@@ -656,10 +656,10 @@ class TestKindsOfRun:
     @pytest.mark.parametrize(("device", "part"), [("cuda:99", "CUDA devices"), ("mps", "mps")])
     def test_a_device_that_is_not_there_is_one_line(self, device, part):
         if device == "mps" and torch.backends.mps.is_available():
-            assert training_run.pick_device(device).type == "mps"
+            assert devices.pick_device(device).type == "mps"
         else:
             with pytest.raises(ValueError, match=part):
-                training_run.pick_device(device)
+                devices.pick_device(device)
 
     @pytest.mark.parametrize("kind", ["base", "upsample"])
     def test_the_small_preset_has_about_25_million_parameters(self, kind):

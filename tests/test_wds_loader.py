@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from glide_finetune import wds_loader
+from glide_finetune.data import shard_stream
 from glide_finetune.data.dataloading import make_dataloader
 from glide_finetune.wds_loader import glide_wds_loader
 from stub_tokenizer import StubTokenizer, caption_of
@@ -330,13 +330,13 @@ def test_the_shuffle_buffer_holds_a_limited_number_of_bytes(tmp_path, monkeypatc
     shard = write_shard(tmp_path / "s.tar", samples)
     whole = keys(stream(shard, shuffle_buffer=1000))
     room = 5 * max(sum(map(len, members.values())) for members in samples.values())
-    monkeypatch.setattr(wds_loader, "BUFFER_BYTES", room)
+    monkeypatch.setattr(shard_stream, "BUFFER_BYTES", room)
     order = keys(stream(shard, shuffle_buffer=1000))
     assert order == keys(stream(shard, shuffle_buffer=1000))
     assert sorted(order) == sorted(samples)
     assert order not in (whole, sorted(samples))
     assert all(int(key) <= place + 10 for place, key in enumerate(order)), "only a few are held"
-    monkeypatch.setattr(wds_loader, "BUFFER_BYTES", 1)
+    monkeypatch.setattr(shard_stream, "BUFFER_BYTES", 1)
     assert keys(stream(shard, shuffle_buffer=1000)) == sorted(samples)
 
 
@@ -376,7 +376,7 @@ def test_suffixes_may_be_given_with_their_dot_and_in_capitals(tmp_path, suffixes
 
 
 def test_the_log_tells_when_the_first_samples_are_all_rejected(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(wds_loader, "PATIENCE", 5)
+    monkeypatch.setattr(shard_stream, "PATIENCE", 5)
     samples = {f"{i:02}": one(original_width=5) for i in range(9)} | {"10": one()}
     data = stream(write_shard(tmp_path / "s.tar", samples), shuffle_buffer=0)
     with caplog.at_level(logging.WARNING):

@@ -1,33 +1,26 @@
-"""Batches in a reproducible order, and the split into training and validation.
+"""Batches in a reproducible order.
 
 A batch at a given place of a given epoch is always the same: for local folders whatever the number
 of workers, for shards with the same number of workers; and also when an epoch is entered in the
 middle, where what lies before is not decoded.
 """
 
-import atexit
 import contextlib
 import math
-import multiprocessing
-import signal
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain, count, cycle, islice
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from glide_finetune.data.bad_samples import BadSample, Tally
+from glide_finetune.data.shard_stream import RawSample, ShardStream, nothing_left
 from glide_finetune.data.shared_integer import SharedInteger
+from glide_finetune.data.workers import received_from, to_send, worker_loader
 from glide_finetune.loader import TextImageDataset
 from glide_finetune.seeds import derived_seed
-from glide_finetune.stopping import STOP_SIGNALS
-from glide_finetune.wds_loader import RawSample, ShardStream, nothing_left
 
 
 def make_dataloader(
@@ -65,47 +58,6 @@ def make_dataloader(
     return FolderBatches(dataset, _FolderEpoch(len(dataset), batch_size, seed), **workers)
 
 
-def split_validation(
-    dataset: TextImageDataset, fraction: float, seed: int
-) -> tuple[TextImageDataset, TextImageDataset]:
-    """(training part, validation part) of a local dataset.
-
-    A sample is held back if the hash of its key and the seed falls below `fraction`, so adding
-    files moves none of the others from one part to the other. At least one is held back and one
-    left. The rest is as in `hold_back`. Raises ValueError for a fraction outside of (0, 1).
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"the fraction to hold back must be in (0, 1), not {fraction}")
-    count = sum(draw < fraction for draw in _draws(dataset, seed))
-    return hold_back(dataset, min(max(1, count), len(dataset) - 1), seed)
-
-
-def hold_back(
-    dataset: TextImageDataset, count: int, seed: int
-) -> tuple[TextImageDataset, TextImageDataset]:
-    """A local dataset less `count` samples, and these, chosen by the hash of their keys and the
-    seed, with nothing random (`TextImageDataset.for_evaluation`). More are held back where none of
-    them could be read, since no other sample stands in for those.
-
-    Raises ValueError if one of the two would be empty.
-    """
-    if not 0 < count < len(dataset):
-        raise ValueError(
-            f"{len(dataset)} samples cannot be split into some to train on and {max(count, 1)} "
-            "to hold back"
-        )
-    draws = _draws(dataset, seed)
-    order = sorted(range(len(draws)), key=draws.__getitem__)
-    count = max(count, order.index(dataset.first_readable(order[:-1])) + 1)
-    held_back = dataset.subset(sorted(order[:count])).for_evaluation()
-    return dataset.subset(sorted(order[count:])), held_back
-
-
-def _draws(dataset: TextImageDataset, seed: int) -> list[float]:
-    """A number in [0, 1) for each sample."""
-    return [derived_seed(seed, "validation", key) / 2**64 for key in dataset.keys]
-
-
 class _Draw(NamedTuple):
     """One use of a sample; travels to the worker instead of a bare index."""
 
@@ -133,33 +85,9 @@ class _Message(NamedTuple):
     is_end: bool = False  # of the worker's share of the epoch; the batch is its rest, None for none
 
 
-class _Copied:
-    """A tensor that travels through a pipe, and arrives as a tensor."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
-
-    def __reduce__(self) -> tuple:
-        return torch.from_numpy, (self._tensor.numpy(),)
-
-
-def _to_send(tensor: torch.Tensor) -> torch.Tensor | _Copied:
-    """The tensor, of a worker in the shared memory in which it travels, where that has room.
-
-    Containers often have 64 MB of it. When torch finds it full, while sending, it drops the batch,
-    for which the trainer then waits for ever.
-    """
-    if get_worker_info() is None:
-        return tensor
-    try:
-        return tensor.share_memory_()
-    except RuntimeError:
-        return _Copied(tensor)
-
-
 def _collate(items: Sequence[tuple]) -> tuple:
     return tuple(
-        list(values) if isinstance(values[0], str) else _to_send(torch.stack(values))
+        list(values) if isinstance(values[0], str) else to_send(torch.stack(values))
         for values in zip(*items, strict=True)
     )
 
@@ -181,10 +109,6 @@ def _picked(batch: tuple, places: Sequence[int]) -> tuple:
 def _received(message: _Message) -> Batch:
     batch = Batch(message.batch)
     batch.left_out = message.tally.metrics()
-    return batch
-
-
-def _as_it_is(batch):
     return batch
 
 
@@ -423,126 +347,3 @@ class ShardBatches:
                 yield _picked(rest, list(islice(cycle(places), size)))
         elif is_empty:
             raise ValueError(nothing_left(self._account))
-
-
-_loaders: WeakSet[DataLoader] = WeakSet()
-
-
-def worker_loader(
-    dataset: Dataset,
-    *,
-    num_workers: int,
-    pin_memory: bool = False,
-    items_ahead: int = 1,
-    **options: Any,
-) -> DataLoader:
-    """How every `DataLoader` is made here; what the dataset gives is sent as it is.
-
-    The workers make at least `items_ahead` before they are asked for.
-    """
-    if num_workers:
-        options["prefetch_factor"] = max(2, math.ceil(items_ahead / num_workers))
-    loader = DataLoader(
-        dataset,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=pin_memory,
-        collate_fn=_as_it_is,
-        # DataLoader draws a number at the start of each iteration. From a generator of its own, so
-        # that entering an epoch in the middle leaves the training's random state alone.
-        generator=torch.Generator(),
-        worker_init_fn=_leave_signals_to_the_trainer,
-        **options,
-    )
-    _loaders.add(loader)
-    return loader
-
-
-def received_from(loader: DataLoader) -> Iterator[Any]:
-    """What the workers of a loader make.
-
-    Raises:
-        OSError: they cannot be started.
-        ChildProcessError: one of them has died. That is told when its next item is due; torch's own
-            handler of SIGCHLD would break a training step off in the middle.
-    """
-    handler = _handler_of_children()
-    others = multiprocessing.active_children()
-    try:
-        try:
-            items = iter(loader)
-        except OSError as error:
-            for worker in multiprocessing.active_children():
-                if worker not in others:  # which waits for the rest, and would for ever
-                    worker.kill()
-            raise OSError(
-                f"not all of {loader.num_workers} data workers can be started "
-                f"({error.strerror or error}): lower --num_workers, or raise the limits (ulimit)"
-            ) from None
-        finally:
-            _handle_children(handler)
-        workers = getattr(items, "_workers", [])
-        while (item := _next_item(items, workers)) is not _END:
-            yield item
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
-            raise
-        raise _worker_died() from None
-
-
-_END = object()
-
-
-def _next_item(items: Iterator[Any], workers: Sequence[BaseProcess]) -> Any:
-    """The next item, or `_END`. ChildProcessError as soon as a worker is dead: one that dies while
-    it sends leaves half a message, for whose other half torch would wait."""
-
-    def look_at_them(*_: Any) -> None:
-        if not all(worker.is_alive() for worker in workers):
-            raise _worker_died()
-
-    handler = _handler_of_children()
-    if handler is not None:
-        _handle_children(look_at_them)
-    try:
-        look_at_them()
-        return next(items, _END)
-    except (RuntimeError, ConnectionError, EOFError):  # which may all come of a worker's death
-        if workers and wait([worker.sentinel for worker in workers], timeout=1):
-            raise _worker_died() from None
-        raise
-    finally:
-        _handle_children(handler)
-
-
-def _worker_died() -> ChildProcessError:
-    return ChildProcessError(
-        "a data worker was killed, most likely since memory ran out: lower --num_workers, or "
-        "--batch_size"
-    )
-
-
-def _handler_of_children() -> Any:
-    return signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-
-
-def _handle_children(handler: Any) -> None:
-    """Set the handler of SIGCHLD, where there is one and this is the thread that can."""
-    if handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A job that is asked to stop, all of its processes at once, still needs its batches to end
-    the current step. Workers notice by themselves when the trainer is gone."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def _end_workers() -> None:
-    """Else multiprocessing would send those of a loader that is still referred to the SIGTERM that
-    they ignore, and wait for ever."""
-    for loader in _loaders:
-        if loader._iterator is not None:
-            loader._iterator._shutdown_workers()

@@ -5,16 +5,13 @@ how, and for each shard a file of what was left out on the way to it and where t
 That one is written after the shard, so a shard without it, left by a killed process, is made again.
 """
 
-import hashlib
 import io
 import json
 import logging
-import math
 import os
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -33,19 +30,11 @@ from glide_finetune.atomic_files import (
 )
 from glide_finetune.config import FIELDS, ConfigError, TrainConfig
 from glide_finetune.data.bad_samples import KINDS, BadSample, DataAccount, Tally, describe_counts
-from glide_finetune.data.dataloading import received_from, worker_loader
-from glide_finetune.data.folder_index import index_folder
-from glide_finetune.data.image_files import ImageSource
 from glide_finetune.data.images import read_prepared
+from glide_finetune.data.shard_stream import PREPARED_FROM, SEVERAL_CAPTIONS
 from glide_finetune.data.shards import is_remote
-from glide_finetune.data.wds_filter import parse_metadata
-from glide_finetune.wds_loader import (
-    PREPARED_FROM,
-    SEVERAL_CAPTIONS,
-    RawSample,
-    ShardStream,
-    glide_wds_loader,
-)
+from glide_finetune.data.stored_samples import FolderSource, Sample, ShardSource, Source, Task
+from glide_finetune.data.workers import received_from, worker_loader
 
 logger = logging.getLogger(__name__)
 
@@ -55,111 +44,12 @@ JPEG = {"quality": 92, "subsampling": 0, "comment": ""}
 SAMPLES_A_MESSAGE = 8  # to and from workers
 
 
-class Sample(NamedTuple):
-    """One of the source, its image still encoded."""
-
-    name: str
-    image: ImageSource
-    captions: Sequence[str]
-    metadata: dict[str, Any]
-
-
-class Task(NamedTuple):
-    """A sample to prepare, as it travels to a worker."""
-
-    what: Any  # for `load` of the source
-    after: list[int]  # where the source goes on behind it
-    tally: Tally  # what came up since the task before
-
-
 class Prepared(NamedTuple):
     """What comes back for a task: the members of a sample, None if it could not be read."""
 
     members: dict[str, bytes] | None
     after: list[int]
     tally: Tally
-
-
-class FolderSource:
-    """The samples of a local folder, by path."""
-
-    def __init__(self, folder: str, use_captions: bool) -> None:
-        self.index = index_folder(folder, use_captions)
-        self.samples: int | None = len(self.index.images)
-        self.identity = _digest(self.index.images)
-        # What has not even a number among the samples.
-        counts = self.index.left_out.counts
-        self.left_out = Counter({KINDS[kind]: count for kind, count in counts.items()})
-        self.left_out["without a caption"] = self.index.without_caption
-
-    def tasks(self, start: Sequence[int], rest: Tally) -> Iterator[Task]:
-        """Those behind `start`, which is empty or the `after` of a task.
-
-        `rest` takes note of what comes up behind the last one.
-        """
-        for image in range(*start or (0,), self.samples):
-            yield Task(image, [image + 1], Tally())
-
-    def load(self, image: int) -> Sample:
-        """Raises BadSample."""
-        key = self.index.images[image]
-        return Sample(key, self.index.folder / key, self.index.read_captions(image), {})
-
-    def name(self, image: int) -> str:
-        return str(self.index.folder / self.index.images[image])
-
-
-class ShardSource:
-    """The samples of tar shards, in stored order and unfiltered."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.samples: int | None = None  # how many is not known
-        self.left_out: Counter[str] = Counter()
-        self.stream: ShardStream = glide_wds_loader(
-            config.data_dir,
-            enable_text=config.use_captions,
-            image_key=config.wds_image_key,
-            caption_key=config.wds_caption_key,
-            dataset_name=config.wds_dataset_name,
-            nsfw_filter=False,
-            ar_lower=0,
-            ar_upper=math.inf,
-            min_original_width=0,
-            min_original_height=0,
-        ).for_evaluation()
-        if config.wds_dataset_name == "alamy":
-            self.stream.reason_to_reject = None  # all languages: training chooses among them
-        self.identity = _digest(self.stream.shards)
-
-    def tasks(self, start: Sequence[int], rest: Tally) -> Iterator[Task]:
-        first, done = start or (0, 0)
-        for place, shard in enumerate(self.stream.shards[first:], start=first):
-            one = copy(self.stream)
-            one.shards = [shard]
-            for number, raw in enumerate(one.raw_samples(0, 0, 1, rest), start=1):
-                tally = rest.take()
-                if place > first or number > done:
-                    yield Task(raw, [place, number], tally)
-
-    def load(self, raw: RawSample) -> Sample:
-        try:
-            metadata = parse_metadata(raw.metadata)
-        except BadSample:  # none, or nobody would have missed it
-            metadata = {}
-        return Sample(raw.key, raw.image, raw.captions, metadata)
-
-    def name(self, raw: RawSample) -> str:
-        return raw.key
-
-
-Source = FolderSource | ShardSource
-
-
-def _digest(names: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(os.fsencode(name) + b"\0")
-    return digest.hexdigest()
 
 
 def prepare(

@@ -1,0 +1,123 @@
+"""What a run goes on from: one of its own checkpoints, one that is given, or nothing."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from glide_finetune.atomic_files import read_json
+from glide_finetune.checkpoints import (
+    CheckpointFiles,
+    damaged_checkpoints,
+    files_beside,
+    newest_checkpoint,
+)
+from glide_finetune.config import TrainConfig
+from glide_finetune.model_options import description_path
+from glide_finetune.runs import ARGS_NAME, Start, read_args
+from glide_finetune.weights import kind_of_model, may_be_widened, read_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a training process goes on from.
+
+    run_dir: the run to go on in; None makes a new one.
+    checkpoint: where weights, and perhaps the training state, come from; None follows `init`.
+    goes_on: whether `checkpoint` is one of that run's own.
+    first: the settings `resume_ckpt` and `weights_only` that the run began with, which it needs
+        again if it stops before its first checkpoint.
+    settings: those that the run was last started with, or that the training state in `checkpoint`
+        was made with; empty for a new one.
+    """
+
+    run_dir: Path | None = None
+    checkpoint: CheckpointFiles | None = None
+    goes_on: bool = False
+    first: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def brings_training_state(self) -> bool:
+        """Whether optimizer and step come along with the weights."""
+        if not (self.checkpoint and self.checkpoint.training_state):
+            return False
+        return self.goes_on or not self.first["weights_only"]
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The JSON beside the checkpoint; empty if there is none that can be read."""
+        try:
+            return read_json(description_path(self.checkpoint.weights))
+        except ValueError:
+            return {}
+
+
+def find_origin(config: TrainConfig, start: Start) -> Origin:
+    """What the training process goes on from at this moment; of a run the newest whole checkpoint.
+
+    Args:
+        start: what `--resume_ckpt` of `config` means.
+
+    Raises:
+        ValueError: the run has checkpoints, but all of them are damaged.
+    """
+    settings: dict[str, Any] = {}
+    first = {"resume_ckpt": "", "weights_only": config.weights_only}
+    if start.weights:
+        first["resume_ckpt"] = str(start.weights.resolve())
+    if start.run_dir and (start.run_dir / ARGS_NAME).exists():
+        settings = read_args(start.run_dir)
+        first = {name: settings.get(name, value) for name, value in first.items()}
+    if start.run_dir:
+        own = newest_checkpoint(start.run_dir)
+        _tell_of_damage(start.run_dir, own)
+        if own:
+            return Origin(start.run_dir, own, True, first, settings)
+    given = files_beside(Path(first["resume_ckpt"])) if first["resume_ckpt"] else None
+    return Origin(start.run_dir, given, False, first, settings)
+
+
+def _tell_of_damage(run_dir: Path, own: CheckpointFiles | None) -> None:
+    damaged = damaged_checkpoints(run_dir)
+    if not damaged:
+        return
+    told = "; ".join(f"of {weights.name}, {damage}" for weights, damage in damaged.items())
+    if own:
+        logger.warning(
+            "the run goes on from step %d, since newer checkpoints are damaged: %s", own.step, told
+        )
+        return
+    weights = next((path for path in reversed(damaged) if path.exists()), None)
+    instead = f"start a new run with --resume_ckpt {weights}, " if weights else ""
+    raise ValueError(
+        f"{run_dir} has no checkpoint that is whole: {told}; put back what is missing, {instead}or "
+        "delete its checkpoints to train it from its beginning"
+    )
+
+
+def is_widened(checkpoint: CheckpointFiles | None, config: TrainConfig) -> bool:
+    """Whether an inpainting model starts from weights of the kind that knows nothing of masks.
+
+    Raises:
+        ValueError: the weights cannot be read, or are never to learn of masks.
+    """
+    if not (checkpoint and config.train_inpaint):
+        return False
+    weights = read_weights(checkpoint.weights)
+    if not may_be_widened(weights, config.model_type):
+        return False
+    kind = kind_of_model(weights)
+    if config.freeze_diffusion:
+        raise ValueError(
+            f"--freeze_diffusion: {checkpoint.weights} is a model of kind {kind}, whose UNet has "
+            "yet to learn what a mask is; leave the flag out"
+        )
+    logger.info(
+        "%s, a model of kind %s, becomes one of kind %s: its weights alone are taken, and the "
+        "first convolution gets channels of zeros for the known pixels and the mask",
+        checkpoint.weights, kind, config.model_type,
+    )  # fmt: skip
+    return True
