@@ -1,6 +1,7 @@
 """--dry_run: the settings, what is told of the data, and the picture of it."""
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -317,6 +318,19 @@ def test_an_interrupted_look_tells_what_was_seen_so_far():
     config = parse_config([*SMALL, "--data_dir", "data"])
     (line, *_) = data_report.describe(found, config)
     assert line.remark == "of 50, as you stopped the look"
+
+
+class Killed(StubTokenizer):
+    """Its process is killed at the first caption."""
+
+    def encode(self, text):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_ends_the_look_with_one_line():
+    write_folder(4)
+    with pytest.raises(ChildProcessError, match="a data worker was killed"):
+        survey(dataset(Killed()), 1)
 
 
 def test_a_folder_with_nothing_usable_ends_with_status_1(capsys):

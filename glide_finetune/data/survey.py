@@ -18,7 +18,7 @@ from glide_finetune.data.captions import default_tokenizer
 from glide_finetune.data.image_files import ImageSource, upright_size
 from glide_finetune.data.sample_recipe import SampleRecipe
 from glide_finetune.data.shard_stream import ShardStream
-from glide_finetune.data.workers import worker_loader
+from glide_finetune.data.workers import received_from, worker_loader
 from glide_finetune.loader import TextImageDataset
 
 MOST_SAMPLES = 100_000  # looked at; of a larger folder evenly spread, of shards the first
@@ -97,7 +97,7 @@ def survey(dataset: TextImageDataset | ShardStream, num_workers: int) -> Survey:
         desc="looking at the data", total=places and len(places), unit="sample", disable=None
     ) as bar:
         try:
-            for message in itertools.chain.from_iterable(loader):
+            for message in itertools.chain.from_iterable(received_from(loader)):
                 collector.add(*message)
                 bar.update(result.samples - bar.n)
                 if result.samples >= MOST_SAMPLES:
