@@ -133,6 +133,13 @@ def test_attempts_are_not_counted_as_long_as_bytes_arrive(server, tmp_path):
     assert len(server.ranges) == 21
 
 
+def test_a_file_that_has_changed_is_given_as_many_attempts_as_any(server, tmp_path):
+    fetch_what_breaks_off(server, tmp_path, HALF)
+    server.headers = {"ETag": '"two"'}
+    server.break_offs = [4096] * 10  # all of them before the place where the old one broke off
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+
+
 def test_the_next_call_continues_a_download_that_was_given_up(server, tmp_path):
     fetch_what_breaks_off(server, tmp_path, HALF)
     assert names(tmp_path) == ["base.pt.part", "base.pt.part.json"]

@@ -94,13 +94,15 @@ def transfer(url: str, target: Path, *, progress: bool, chunk_size: int) -> None
     target at a time. Raises TransferError.
     """
     part = _Part(target)
-    furthest, failures = part.size, 0
+    version, furthest, failures = part.version(url), part.size, 0
     try:
         while True:
             try:
                 _receive(url, part, progress=progress, chunk_size=chunk_size)
                 break
             except _BrokenOff as error:
+                if part.version(url) != version:  # which began anew
+                    version, furthest = part.version(url), 0
                 failures = 1 if part.size > furthest else failures + 1
                 furthest = max(furthest, part.size)
                 if failures > len(_RETRY_DELAYS):
