@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +30,34 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         name_file(error, path)
         raise
     sync_folder(path.parent)
+
+
+def write_new(paths: Iterable[Path], data: bytes) -> Path:
+    """Write `data` under the first of `paths`, all of one folder, that is free, and return that.
+
+    The file appears whole or not at all, and replaces nothing, not even what another process writes
+    at the same time. A file system without hard links may keep half a file of a killed process.
+    """
+    for path in paths:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+        try:
+            temporary.write_bytes(data)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                continue
+            except OSError:  # there are no hard links
+                with contextlib.suppress(FileExistsError), open(path, "xb") as file:
+                    file.write(data)
+                    return path
+                continue
+            return path
+        except OSError as error:
+            name_file(error, path)
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+    raise FileExistsError("none of the names is free")
 
 
 def name_file(error: BaseException, path: Path) -> None:

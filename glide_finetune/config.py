@@ -326,6 +326,8 @@ def check_saved(
                 f"--{name}: in {path} {setting} is {value!r}, which should be of type "
                 f"{types[0].__name__}"
             )
+        if types[0] is list and not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"--{name}: in {path} {setting} is {value!r}, not a list of texts")
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:
@@ -336,7 +338,7 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
     on their number.
     """
     settings = config.to_dict()
-    settings |= {name: _absolute(settings[name]) for name in settings.keys() & PATHS}
+    settings |= {name: absolute(settings[name]) for name in settings.keys() & PATHS}
     chosen = complete(dataclasses.replace(config, uncond_p=None, num_workers=None))
     if config.uncond_p == chosen.uncond_p:
         settings["uncond_p"] = None
@@ -355,8 +357,9 @@ PATHS = (
 )
 
 
-def _absolute(path: str) -> str:
-    """`path`, a file, folder or pattern of shards, from the root; URLs and pipes as they are."""
+def absolute(path: str) -> str:
+    """`path`, a file, folder or pattern of shards, from the root; URLs, commands and "" as they
+    are."""
     # braces around whole paths have no common folder
     if not path or is_remote(path) or path.startswith("{"):
         return path

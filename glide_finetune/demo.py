@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glide_finetune.atomic_files import atomic_file
 from glide_finetune.demo_data import COLOURS, POSITIONS, SHAPES, demo_captions, write_demo_set
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def prompts() -> list[str]:
 
 
 def prepare(config: "TrainConfig") -> None:
-    """Draw the demo's pictures and write its prompts, unless other ones are asked for.
+    """Draw the demo's pictures and write its prompts, unless they are there or other ones are asked
+    for.
 
     Raises:
         ValueError: the folder of the demo holds something else.
@@ -89,5 +91,8 @@ def prepare(config: "TrainConfig") -> None:
     if config.data_dir == DEMO_SETTINGS["data_dir"]:
         write_demo_set(config.data_dir, image_size=IMAGE_SIZE)
     if config.prompt_file == DEMO_SETTINGS["prompt_file"]:
-        Path(config.prompt_file).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.prompt_file).write_text("\n".join(prompts()) + "\n", encoding="utf-8")
+        path = Path(config.prompt_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():  # else the user may have changed it
+            with atomic_file(path) as file:
+                file.write(("\n".join(prompts()) + "\n").encode())

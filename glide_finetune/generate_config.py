@@ -236,7 +236,8 @@ def _check_model(name: str, given: str, kind: str) -> int:
         check_stage(name, path, found or kind, kind)
         return options.get("diffusion_steps", released)
     with contextlib.suppress(ValueError):  # no folder of a run, which is told later
-        return read_args(path).get("model_options", {}).get("diffusion_steps", released)
+        options = read_args(path).get("model_options")
+        return options.get("diffusion_steps", released) if isinstance(options, dict) else released
     return released
 
 

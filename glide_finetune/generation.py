@@ -9,6 +9,8 @@ From a notebook:
 """
 
 import contextlib
+import io
+import itertools
 import json
 import logging
 import re
@@ -22,9 +24,10 @@ from PIL import Image, PngImagePlugin
 from torch import nn
 
 from glide_finetune import weights
-from glide_finetune.atomic_files import name_file
+from glide_finetune.atomic_files import write_new
 from glide_finetune.checkpoints import newest_checkpoint
 from glide_finetune.clip_weights import read_clip, used_clip
+from glide_finetune.config import absolute
 from glide_finetune.data import images
 from glide_finetune.devices import pick_device
 from glide_finetune.fp16_util import Precision
@@ -151,8 +154,8 @@ class Painter:
             base=self.base.source,
             upsampler=self.upsampler.source if self.upsampler else "",
             clip=clip_files,
-            inpaint_image=_absolute(config.inpaint_image),
-            inpaint_mask=_absolute(config.inpaint_mask),
+            inpaint_image=absolute(config.inpaint_image),
+            inpaint_mask=absolute(config.inpaint_mask),
             side_x=self.size[0],
             side_y=self.size[1],
             upscale_factor=self.upscale_factor,
@@ -336,30 +339,16 @@ def load_clip(files: list[str], size: tuple[int, int], device: torch.device) -> 
 def write_numbered(folder: Path, prefix: str, picture: Image.Image, text: dict[str, str]) -> Path:
     """Write a picture under the next free number, with `text` in its PNG; returns the file.
 
-    What is there is never replaced, not even by several processes at once.
+    It appears whole or not at all. What is there is never replaced, not even by several processes
+    at once.
     """
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value)
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG", pnginfo=info)
     pattern = re.compile(re.escape(prefix) + r"([0-9]{5,})\.png")
     numbers = [int(m[1]) for path in folder.iterdir() if (m := pattern.fullmatch(path.name))]
-    number = max(numbers, default=-1) + 1
-    while True:
-        path = folder / f"{prefix}{number:05d}.png"
-        try:
-            file = open(path, "xb")  # noqa: SIM115
-        except FileExistsError:  # another process was faster
-            number += 1
-            continue
-        try:
-            with file:
-                picture.save(file, "PNG", pnginfo=info)
-        except BaseException as error:  # a full disk, Ctrl-C
-            path.unlink()
-            name_file(error, path)
-            raise
-        return path
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute()) if path else ""
+    first = max(numbers, default=-1) + 1
+    paths = (folder / f"{prefix}{number:05d}.png" for number in itertools.count(first))
+    return write_new(paths, encoded.getvalue())

@@ -35,8 +35,10 @@ def test_preparing_writes_captioned_pictures_and_prompts_once(tmp_path, monkeypa
     assert Path(config.prompt_file).read_text().splitlines() == demo.prompts()
 
     before = pictures[0].stat().st_mtime_ns
+    Path(config.prompt_file).write_text("a prompt of the user's")
     demo.prepare(config)
     assert pictures[0].stat().st_mtime_ns == before
+    assert Path(config.prompt_file).read_text() == "a prompt of the user's"
 
 
 def test_preparing_leaves_files_of_the_user_alone(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,26 @@ def test_a_picture_that_cannot_be_written_leaves_no_file(tmp_path):
     with pytest.raises(OSError, match="no space left"):
         write_numbered(tmp_path, "", picture, {})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_picture_takes_the_next_free_name_and_replaces_nothing(tmp_path, monkeypatch, has_links):
+    """Whatever another process writes in the meantime."""
+    link = os.link
+
+    def late(source, target):
+        if Path(target).name == "00000.png":
+            Path(target).write_bytes(b"another's")
+        if not has_links:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", late)
+    path = write_numbered(tmp_path, "", Image.new("RGB", (4, 4), "red"), {"seed": "1"})
+    assert path.name == "00001.png"
+    assert text_of(path) == {"seed": "1"}
+    assert (tmp_path / "00000.png").read_bytes() == b"another's"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_notebook_may_give_one_caption_and_numbers_as_they_are(runs, tmp_path):
@@ -429,7 +450,7 @@ def test_an_upsampler_enlarges_as_it_was_trained_to(runs, tmp_path):
 
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
     full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match=r"No space left on device: '.*00000\.png'"):
         write_numbered(tmp_path, "", Image.new("RGB", (4, 4)), {})
     assert list(tmp_path.iterdir()) == []
@@ -449,6 +470,7 @@ def test_plain_weights_of_the_other_stage_are_told_apart(tmp_path, capsys):
         ('{"size": 3}', "holds unknown settings: size"),
         ('{"upsampler": 3}', "upsampler is 3, which should be of type str"),
         ('{"side_x": "8"}', "side_x is '8', which should be of type int"),
+        ('{"clip": [3]}', "clip is [3], not a list of texts"),
     ],
 )
 def test_a_picture_whose_settings_were_changed_is_told_in_one_line(
@@ -459,6 +481,13 @@ def test_a_picture_whose_settings_were_changed_is_told_in_one_line(
     with pytest.raises(SystemExit):
         parse_config(["--again", str(path)])
     assert message in told(capsys)
+
+
+def test_a_run_whose_settings_were_changed_is_no_reason_for_a_traceback(runs, tmp_path, capsys):
+    (tmp_path / "args.json").write_text('{"model_options": null}')
+    flags = ["--prompt", "a", "--base", str(tmp_path), "--device", "cpu"]
+    assert main([*flags, "--output_dir", str(tmp_path / "out")]) == 1
+    assert "holds no whole checkpoint" in told(capsys)
 
 
 def test_what_is_cut_from_a_long_prompt_is_told(runs, tmp_path, caplog):
