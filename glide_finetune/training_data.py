@@ -1,7 +1,6 @@
 """The data of a run: batches to train on, images to validate on, one to draw samples from."""
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +8,10 @@ from typing import Any
 import torch
 
 from glide_finetune.config import TrainConfig
+from glide_finetune.data import fingerprint
 from glide_finetune.data.captions import Tokenizer
 from glide_finetune.data.dataloading import FolderBatches, ShardBatches, make_dataloader
-from glide_finetune.data.fingerprint import fingerprint
 from glide_finetune.data.shard_stream import ShardStream
-from glide_finetune.data.shards import shard_names
 from glide_finetune.data.validation_split import hold_back, split_validation
 from glide_finetune.loader import TextImageDataset
 from glide_finetune.text_settings import read_skip_words
@@ -178,13 +176,8 @@ def _held_back_low_res(
 
 def _fingerprint(training: TextImageDataset | ShardStream) -> str:
     if isinstance(training, ShardStream):
-        names = [
-            f"{name} {os.path.getsize(shard) if os.path.isfile(shard) else ''}"
-            for shard, name in shard_names(training.shards).items()
-        ]
-    else:
-        names = training.keys
-    return fingerprint(names)[:16]
+        return fingerprint.of_shards(training.shards)[:16]
+    return fingerprint.of_folder(training.keys)[:16]
 
 
 def _describe(

@@ -342,6 +342,15 @@ def test_other_settings_are_refused_in_the_same_folder(tmp_path, capsys):
     assert content(out) == before
 
 
+def test_the_same_shards_may_be_named_in_another_way(tmp_path, monkeypatch):
+    write_shard(tmp_path / "in/a.tar", {"0": {"jpg": encoded(picture()), "txt": b"a cat"}})
+    monkeypatch.chdir(tmp_path)
+    prepare(Path("in"), Path("out"), "--use_webdataset")
+    before = content(tmp_path / "out")
+    prepare(tmp_path / "in", Path("out"), "--use_webdataset")
+    assert content(tmp_path / "out") == before
+
+
 def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path, capsys):
     source, out = write_folder(tmp_path / "in"), tmp_path / "out"
     out.mkdir()

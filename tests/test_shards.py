@@ -39,6 +39,17 @@ def test_a_folder_stands_for_the_shards_in_it_and_below(folder):
     assert expand_shards(str(folder)) == everything
 
 
+def test_links_are_followed_once_and_what_is_hidden_is_not_seen(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    make_tar(elsewhere / "s-0003.tar")
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    for name in ("._s-0000.tar", ".hidden/s-0004.tar"):
+        make_tar(folder / name)
+    names = ("linked/s-0003.tar", "more/s-0002.tar", "s-0000.tar", "s-0001.tar")
+    assert expand_shards(folder) == paths(folder, *names)
+
+
 def test_compressed_shards_and_any_case_count(tmp_path):
     names = ["a.tar", "b.tar.gz", "c.tgz", "d.TAR"]
     for name in names:

@@ -15,7 +15,8 @@ TRIAL_SAMPLES = 1000
 class BadSample(ValueError):
     """A sample that is skipped, not a reason to stop; its text is the reason in one line.
 
-    kind: what of it is at fault, in one word to count by: image, caption, metadata or name.
+    kind: what of it is at fault, in one word to count by: image, caption, metadata or name; or
+        shard, where it is all of one.
     """
 
     def __init__(self, reason: str, kind: str = "image") -> None:

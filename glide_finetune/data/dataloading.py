@@ -13,12 +13,17 @@ from itertools import chain, count, cycle, islice
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset
 
 from glide_finetune.data.bad_samples import BadSample, Tally
 from glide_finetune.data.shard_stream import RawSample, ShardStream, nothing_left
 from glide_finetune.data.shared_integer import SharedInteger
-from glide_finetune.data.workers import received_from, to_send, worker_loader
+from glide_finetune.data.workers import (
+    place_among_workers,
+    received_from,
+    to_send,
+    worker_loader,
+)
 from glide_finetune.loader import TextImageDataset
 from glide_finetune.seeds import derived_seed
 
@@ -69,8 +74,9 @@ class _Draw(NamedTuple):
 class Batch(tuple):
     """A batch as the train steps take it.
 
-    left_out: how many samples were left out on the way to it and why, as in `Tally.metrics`; on
-        the way to the first batch of an epoch also what was when the folder was listed.
+    left_out: how many samples were left out on the way to it and why, and how many captions were
+        cut, as in `Tally.metrics`; on the way to the first batch of an epoch also what was when the
+        folder was listed.
     """
 
     left_out: Counter[str]
@@ -195,15 +201,16 @@ class _ShardShare(IterableDataset):
         n * workers + w of the epoch, or an earlier one where another worker has run out. Hence
         what is skipped by that rule is never needed, and the receiver drops the few too many.
         """
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        worker, workers = place_among_workers()
         skip = max(0, math.ceil((self.start_batch.value - worker) / workers))
         epoch, tally = self.stream.epoch, Tally()
         raw_samples = self._raw_samples(epoch, worker, workers, tally)
-        stand_in, unconfirmed = None, 0  # batches, until a sample of the share is known to be good
+        # A share without one good sample makes no batch at all, so skipped batches count only once
+        # such a sample is found.
+        stand_in, unconfirmed = None, 0
         for _ in range(skip):
             skipped = list(islice(raw_samples, self.batch_size))
-            tally.take()  # told before
+            tally.take()  # which the process that trained on these has logged
             if stand_in is None:
                 stand_in = self._first_item(skipped, epoch)
             is_rest = len(skipped) < self.batch_size

@@ -1,12 +1,26 @@
-"""What tells one data set from another."""
+"""What tells one data set from another, wherever it lies."""
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from glide_finetune.data.shards import shard_names
 
 
-def fingerprint(names: Iterable[str]) -> str:
-    """Hexadecimal SHA-256 of the names, in their order."""
+def of_folder(keys: Iterable[str]) -> str:
+    """Of the images of a folder, by their paths in it: hexadecimal SHA-256."""
+    return _of_names(keys)
+
+
+def of_shards(shards: Sequence[str]) -> str:
+    """Of shards, by their names, and by the sizes of those that are files: hexadecimal SHA-256."""
+    return _of_names(
+        f"{name} {os.path.getsize(shard) if os.path.isfile(shard) else ''}"
+        for shard, name in shard_names(shards).items()
+    )
+
+
+def _of_names(names: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for name in names:
         digest.update(os.fsencode(name) + b"\0")

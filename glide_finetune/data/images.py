@@ -127,7 +127,7 @@ def _refuse_sliver(image_size: tuple[int, int], target_size: tuple[int, int]) ->
         raise BadSample(f"too small or narrow ({image_size[0]}x{image_size[1]})")
 
 
-# Those whose stored pixels run from right to left, from the bottom to the top, along the columns.
+# Those whose stored pixels run from right to left, and from the bottom to the top.
 MIRRORED_X = (TURNS[2], TURNS[3], TURNS[6], TURNS[7])
 MIRRORED_Y = (TURNS[3], TURNS[4], TURNS[7], TURNS[8])
 

@@ -28,11 +28,10 @@ from glide_finetune.atomic_files import (
     remove_temporary,
     write_json_atomic,
 )
-from glide_finetune.config import FIELDS, ConfigError, TrainConfig
+from glide_finetune.config import FIELDS, ConfigError, TrainConfig, absolute
 from glide_finetune.data.bad_samples import KINDS, BadSample, DataAccount, Tally, describe_counts
 from glide_finetune.data.images import read_prepared
 from glide_finetune.data.shard_stream import PREPARED_FROM, SEVERAL_CAPTIONS
-from glide_finetune.data.shards import is_remote
 from glide_finetune.data.stored_samples import FolderSource, Sample, ShardSource, Source, Task
 from glide_finetune.data.workers import received_from, worker_loader
 
@@ -82,23 +81,23 @@ def _fill(shards: "_Shards", source: Source, config: TrainConfig, num_workers: i
     with tqdm(
         desc="preparing", total=source.samples, initial=shards.samples, unit="sample", disable=None
     ) as bar:
-        rest = Tally()
-        for prepared in _prepared(source, config, shards.after, num_workers, rest):
+        pending = Tally()
+        for prepared in _prepared(source, config, shards.after, num_workers, pending):
             account.add(prepared.tally)
             shards.add(prepared)
             bar.update()
-        account.add(rest)
-        shards.close(rest)
+        account.add(pending)
+        shards.close(pending)
 
 
 def _prepared(
-    source: Source, config: TrainConfig, start: Sequence[int], num_workers: int, rest: Tally
+    source: Source, config: TrainConfig, start: Sequence[int], num_workers: int, pending: Tally
 ) -> Iterator[Prepared]:
     """All samples behind `start`, in order, made in several processes."""
     loader = worker_loader(
         _Worker(source, (config.image_width, config.image_height), config.resize_ratio),
         num_workers=num_workers,
-        batch_sampler=_Messages(source, start, rest),
+        batch_sampler=_Messages(source, start, pending),
     )
     for message in received_from(loader):
         yield from message
@@ -110,11 +109,11 @@ class _Messages:
 
     source: Source
     start: Sequence[int]
-    rest: Tally
+    pending: Tally
 
     def __iter__(self) -> Iterator[list[Task]]:
         tasks: list[Task] = []
-        for task in self.source.tasks(self.start, self.rest):
+        for task in self.source.tasks(self.start, self.pending):
             tasks.append(task)
             if len(tasks) == SAMPLES_A_MESSAGE:
                 yield tasks
@@ -134,9 +133,9 @@ class _Worker(Dataset):
     def __getitem__(self, task: Task) -> Prepared:
         task.tally.samples += 1
         try:
-            members = self._members(self.source.load(task.what))
+            members = self._members(self.source.load(task.handle))
         except BadSample as error:
-            task.tally.skip(self.source.name(task.what), error)
+            task.tally.skip(self.source.name(task.handle), error)
             members = None
         return Prepared(members, task.after, task.tally)
 
@@ -237,11 +236,8 @@ class _Shards:
 
 def _record(config: TrainConfig, shard_size: int) -> dict[str, Any]:
     """What decides the content of the shards."""
-    data_dir = config.data_dir
-    if not is_remote(data_dir) and not data_dir.startswith("{"):
-        data_dir = str(Path(data_dir).expanduser().absolute())
     return {
-        "data_dir": data_dir,
+        "data_dir": absolute(config.data_dir),
         "use_captions": config.use_captions,
         "use_webdataset": config.use_webdataset,
         "wds_image_key": config.wds_image_key,

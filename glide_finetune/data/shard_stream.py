@@ -17,6 +17,7 @@ from glide_finetune.data.shards import shard_names
 from glide_finetune.data.shared_integer import SharedInteger
 from glide_finetune.data.tar_samples import DamagedShard, TarSample, shard_samples
 from glide_finetune.data.wds_filter import parse_metadata, word_pattern
+from glide_finetune.data.workers import place_among_workers
 from glide_finetune.seeds import derived_random
 
 logger = logging.getLogger(__name__)
@@ -131,8 +132,7 @@ class ShardStream(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple]:
         epoch, tally, given, rejected = self.epoch, Tally(), 0, 0
-        worker = get_worker_info()
-        place = (worker.id, worker.num_workers) if worker else (0, 1)
+        place = place_among_workers()
 
         def tell() -> None:
             nonlocal rejected
@@ -152,7 +152,7 @@ class ShardStream(IterableDataset):
             given += 1
             yield item
         self.account.add(tally)
-        if not given and worker is None:
+        if not given and get_worker_info() is None:
             raise ValueError(nothing_left(self.account))
         self.account.end_epoch()
 

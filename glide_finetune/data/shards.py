@@ -1,12 +1,15 @@
 """From what a user types for WebDataset shards to the list of them; without torch."""
 
 import glob
+import logging
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from braceexpand import braceexpand
+
+logger = logging.getLogger(__name__)
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
@@ -24,11 +27,11 @@ def is_remote(url: str) -> bool:
 def expand_shards(urls: Urls) -> list[str]:
     """The shards meant by a file, folder, glob, brace pattern or URL, or by several of them.
 
-    A folder stands for the shards in it and its sub-folders, by name; `shard-{0000..0099}.tar` for
-    a hundred of them; a text file for what its lines name, one of all these each, from the folder
-    of that file on (blank lines and lines that begin with # say nothing; no `pipe:` commands, since
-    these are run only when they are typed). URLs and commands only have their braces expanded. Each
-    shard comes once.
+    A folder stands for the shards in it and its sub-folders, by name, hidden ones left out;
+    `shard-{0000..0099}.tar` for a hundred of them; a text file for what its lines name, one of all
+    these each, from the folder of that file on (blank lines and lines that begin with # say
+    nothing; no `pipe:` commands, since these are run only when they are typed). URLs and commands
+    only have their braces expanded. Each shard comes once.
 
     Raises ValueError for local files that do not exist, folders and globs without shards, and URLs
     of an unknown kind.
@@ -70,7 +73,7 @@ def _expand(entry: str) -> list[str]:
         return [shard for name in names for shard in _expand(name)]
     matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
     found = [shard for match in matches if match.is_dir() for shard in _in_folder(match)]
-    found += [str(match) for match in matches if match.is_file() and _is_named_so(match)]
+    found += [str(match) for match in matches if match.is_file() and is_named_as_shard(match)]
     if not found:
         what = "no shard matches" if matches else "there is no such file or folder"
         raise ValueError(f"no shard {entry}: {what}")
@@ -84,20 +87,39 @@ def _brace_expand(text: str) -> list[str]:
         raise ValueError(f"cannot make out the shards {text}: {error}") from None
 
 
-def _is_named_so(path: Path) -> bool:
+def is_named_as_shard(path: Path) -> bool:
+    """Whether a file is a shard by its name, in any case of its suffix."""
     return path.name.lower().endswith(SHARD_SUFFIXES)
 
 
 def _in_folder(folder: Path) -> list[str]:
-    found = sorted(str(p) for p in folder.rglob("*") if _is_named_so(p) and p.is_file())
+    """As images are found: links are followed, each folder once, and what is hidden is not seen."""
+    found, seen, waiting = [], set(), [folder]
+    while waiting:
+        here = waiting.pop()
+        try:
+            status, paths = here.stat(), list(here.iterdir())
+        except OSError as error:
+            logger.warning("the folder %s cannot be listed: %s", here, error.strerror)
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for path in paths:
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                waiting.append(path)
+            elif is_named_as_shard(path) and path.is_file():
+                found.append(str(path))
     if not found:
         raise ValueError(f"no shards in {folder} (looked for *{' *'.join(SHARD_SUFFIXES)})")
-    return found
+    return sorted(found)
 
 
 def _is_shard(path: Path) -> bool:
     """Whether a file is to be read as a shard; those of other names are shards if they are tars."""
-    if _is_named_so(path):
+    if is_named_as_shard(path):
         return True
     try:
         return tarfile.is_tarfile(path)

@@ -7,8 +7,8 @@ from copy import copy
 from typing import Any, NamedTuple
 
 from glide_finetune.config import TrainConfig
+from glide_finetune.data import fingerprint
 from glide_finetune.data.bad_samples import KINDS, BadSample, Tally
-from glide_finetune.data.fingerprint import fingerprint
 from glide_finetune.data.folder_index import index_folder
 from glide_finetune.data.image_files import ImageSource
 from glide_finetune.data.shard_stream import RawSample, ShardStream
@@ -28,7 +28,7 @@ class Sample(NamedTuple):
 class Task(NamedTuple):
     """A sample to prepare, as it travels to a worker."""
 
-    what: Any  # for `load` of the source
+    handle: Any  # for `load` of the source
     after: list[int]  # where the source goes on behind it
     tally: Tally  # what came up since the task before
 
@@ -39,18 +39,20 @@ class FolderSource:
     def __init__(self, folder: str, use_captions: bool) -> None:
         self.index = index_folder(folder, use_captions)
         self.samples: int | None = len(self.index.images)
-        self.identity = fingerprint(self.index.images)
+        self.identity = fingerprint.of_folder(self.index.images)
         # What has not even a number among the samples.
         counts = self.index.left_out.counts
         self.left_out = Counter({KINDS[kind]: count for kind, count in counts.items()})
         self.left_out["without a caption"] = self.index.without_caption
 
-    def tasks(self, start: Sequence[int], rest: Tally) -> Iterator[Task]:
+    def tasks(self, start: Sequence[int], pending: Tally) -> Iterator[Task]:
         """Those behind `start`, which is empty or the `after` of a task.
 
-        `rest` takes note of what comes up behind the last one.
+        `pending` takes note of what comes up between two tasks, until the next one takes it along;
+        at the end it holds what has come up behind the last.
         """
-        for image in range(*start or (0,), self.samples):
+        (first,) = start or (0,)
+        for image in range(first, self.samples):
             yield Task(image, [image + 1], Tally())
 
     def load(self, image: int) -> Sample:
@@ -82,15 +84,16 @@ class ShardSource:
         ).for_evaluation()
         if config.wds_dataset_name == "alamy":
             self.stream.reason_to_reject = None  # all languages: training chooses among them
-        self.identity = fingerprint(self.stream.shards)
+        self.identity = fingerprint.of_shards(self.stream.shards)
 
-    def tasks(self, start: Sequence[int], rest: Tally) -> Iterator[Task]:
+    def tasks(self, start: Sequence[int], pending: Tally) -> Iterator[Task]:
+        """As those of `FolderSource`."""
         first, done = start or (0, 0)
         for place, shard in enumerate(self.stream.shards[first:], start=first):
             one = copy(self.stream)
             one.shards = [shard]
-            for number, raw in enumerate(one.raw_samples(0, 0, 1, rest), start=1):
-                tally = rest.take()
+            for number, raw in enumerate(one.raw_samples(0, 0, 1, pending), start=1):
+                tally = pending.take()
                 if place > first or number > done:
                     yield Task(raw, [place, number], tally)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from glide_finetune.data.bad_samples import BadSample, Tally
@@ -18,7 +18,7 @@ from glide_finetune.data.captions import default_tokenizer
 from glide_finetune.data.image_files import ImageSource, upright_size
 from glide_finetune.data.sample_recipe import SampleRecipe
 from glide_finetune.data.shard_stream import ShardStream
-from glide_finetune.data.workers import received_from, worker_loader
+from glide_finetune.data.workers import place_among_workers, received_from, worker_loader
 from glide_finetune.loader import TextImageDataset
 
 MOST_SAMPLES = 100_000  # looked at; of a larger folder evenly spread, of shards the first
@@ -87,7 +87,7 @@ def survey(dataset: TextImageDataset | ShardStream, num_workers: int) -> Survey:
     result = Survey()
     if isinstance(dataset, ShardStream):
         looks, places = _ShardLooks(dataset), None
-        num_workers = min(num_workers, len(dataset.shards))
+        num_workers = min(num_workers, dataset.shards_here)
     else:
         result.of = len(dataset)
         looks, places = _FolderLooks(dataset), _spread(len(dataset), MOST_SAMPLES)
@@ -154,10 +154,8 @@ class _ShardLooks(IterableDataset):
         self.stream = stream
 
     def __iter__(self) -> Iterator[_Message]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
         tally = Tally()
-        for raw in self.stream.raw_samples(0, worker, workers, tally):
+        for raw in self.stream.raw_samples(0, *place_among_workers(), tally):
             try:
                 seen, _ = self.stream.make(raw, 0, tally)
             except BadSample as error:

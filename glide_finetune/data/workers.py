@@ -69,6 +69,12 @@ def _end_workers() -> None:
             loader._iterator._shutdown_workers()
 
 
+def place_among_workers() -> tuple[int, int]:
+    """(number of this worker, how many there are); (0, 1) where the main process does the work."""
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info else (0, 1)
+
+
 class _Copied:
     """A tensor that travels through a pipe, and arrives as a tensor."""
 
