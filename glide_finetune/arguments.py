@@ -1,9 +1,10 @@
 """The command line of train_glide.py, made from the fields of `TrainConfig`."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +20,7 @@ from glide_finetune.config import (
 from glide_finetune.config_checks import check
 from glide_finetune.demo import DEMO_SETTINGS, fast_precision
 from glide_finetune.model_options import MODEL_TYPES, described_model, parse_model_option
-from glide_finetune.runs import ARGS_NAME, interpret_resume, read_args
+from glide_finetune.runs import interpret_resume, read_args
 
 # Setting one of these means that the other is not wanted.
 _INSTEAD: dict[str, dict[str, Any]] = {
@@ -44,11 +45,9 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
     """
     parser = build_parser()
     typed = vars(parser.parse_args(argv))
-    try:
+    with parser.mistakes_told():
         config = complete(TrainConfig(**_with_defaults(typed)))
         check(config)
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
     return config
 
 
@@ -56,12 +55,14 @@ def _with_defaults(typed: dict[str, Any]) -> dict[str, Any]:
     """What is typed, over everything that it names as defaults."""
     defaults = DEMO_SETTINGS | {"precision": fast_precision()} if typed.get("demo") else {}
     if typed.get("config"):
-        defaults = merge(defaults, saved_settings("config", typed["config"]))
+        saved = saved_settings("config", typed["config"])
+        refuse_commands(saved, typed)
+        defaults = merge(defaults, saved)
     settings = merge(defaults, typed)
     start = interpret_resume(
         typed.get("resume_ckpt", ""), settings.get("checkpoints_dir", TrainConfig.checkpoints_dir)
     )
-    if start.run_dir and (start.run_dir / ARGS_NAME).exists():
+    if start.run_dir:
         return merge(defaults, saved_settings("resume_ckpt", start.run_dir), typed)
     if start.weights and "model_preset" not in typed:
         kind, options = described_model(start.weights)
@@ -89,6 +90,17 @@ def saved_settings(
         raise ConfigError(f"--{flag}: {error}") from None
     check_saved(flag, path, saved, fields)
     return {name: value for name, value in saved.items() if not fields[name].metadata["once"]}
+
+
+def refuse_commands(saved: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
+    """ConfigError if the settings of `--config`, which may be somebody else's, have a command that
+    prints shards, which is not `typed` as well."""
+    for name in ("data_dir", "val_data_dir"):
+        if saved.get(name, "").startswith("pipe:") and name not in typed:
+            raise ConfigError(
+                f"--config: {typed['config']} has the command {saved[name]} as {name}: commands "
+                f"are run only when typed, so give --{name} too"
+            )
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +140,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Leave with one line, without the usage, which would fill the screen."""
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+        self._leave(f"{message} (--help lists all flags)")
 
     def parse_args(self, *args: Any, **keywords: Any) -> argparse.Namespace:
         """As argparse does, but a word that is no flag is told with the flag that was meant."""
@@ -136,6 +148,21 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(self._about(unknown[0]))
         return found
+
+    @contextlib.contextmanager
+    def mistakes_told(self) -> Iterator[None]:
+        """While settings are put together and checked: leave with one line about a mistake."""
+        try:
+            yield
+        except OSError as error:  # a folder that may not be looked into, say
+            self._leave(f"cannot read {error.filename}: {error.strerror}")
+        except ValueError as error:
+            self._leave(str(error))
+        except RuntimeError as error:  # of Path.expanduser
+            self._leave(f"a path begins with the ~ of a user who is not known ({error})")
+
+    def _leave(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def _about(self, word: str) -> str:
         if not word.startswith("-"):

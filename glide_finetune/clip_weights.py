@@ -113,8 +113,8 @@ def write_encoders(run_folder: Path) -> list[Path]:
         return []
     state = weights.read_weights(newest.ema or newest.weights)
     options = read_json(description_path(newest.weights))["model_options"]
-    paths = [run_folder / name for name in (*CLIP_FILES, CLIP_CONFIG)]
-    for path, encoder in zip(paths, ("image_encoder.", "text_encoder."), strict=False):
+    *encoder_paths, config_path = (run_folder / name for name in (*CLIP_FILES, CLIP_CONFIG))
+    for path, encoder in zip(encoder_paths, ("image_encoder.", "text_encoder."), strict=True):
         part = {
             name.removeprefix(encoder): tensor
             for name, tensor in state.items()
@@ -122,6 +122,6 @@ def write_encoders(run_folder: Path) -> list[Path]:
         }
         weights.write_weights(path, part)
     config = {**options, "logit_scale": state["logit_scale"].exp().item()}
-    with atomic_file(paths[-1]) as file:  # JSON is YAML too
+    with atomic_file(config_path) as file:  # JSON is YAML too
         file.write(json.dumps(config, indent=2).encode())
-    return paths
+    return [*encoder_paths, config_path]

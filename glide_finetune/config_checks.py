@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from glide_finetune.config import ConfigError, TrainConfig
 from glide_finetune.data.folder_index import check_folder
-from glide_finetune.data.shards import SHARD_SUFFIXES, expand_shards
+from glide_finetune.data.shards import expand_shards, is_named_as_shard
 from glide_finetune.demo import DEMO_SETTINGS
 from glide_finetune.model_options import (
     can_start_from,
@@ -21,7 +21,7 @@ from glide_finetune.model_options import (
     released_options,
     type_of_model,
 )
-from glide_finetune.runs import ARGS_NAME, Start, interpret_resume, read_args
+from glide_finetune.runs import Start, interpret_resume, read_args
 from glide_finetune.text_settings import read_prompts, read_skip_words
 from glide_text2im.defaults import downsampling_factor
 
@@ -42,7 +42,7 @@ def check(config: TrainConfig) -> None:
     _check_model(config)
     _check_start(config, start)
     _check_sides(config)
-    check_files(config)
+    check_files(config, start)
 
 
 def check_choices(config: Any) -> None:
@@ -190,7 +190,7 @@ def _check_start(config: TrainConfig, start: Start) -> None:
                 f"--resume_ckpt: {start.weights} is a model of kind {kind}, but one of kind "
                 f"{config.model_type} is to be trained; {_way_to_train(kind, config)}"
             )
-    elif start.run_dir and (start.run_dir / ARGS_NAME).exists():
+    elif start.run_dir:
         saved = read_args(start.run_dir)
         kind = type_of_model(
             upsample=saved.get("train_upsample", False), inpaint=saved.get("train_inpaint", False)
@@ -244,8 +244,9 @@ def _check_sides(config: TrainConfig) -> None:
             )
 
 
-def check_files(config: TrainConfig) -> None:
-    """ConfigError if a file or folder that is named cannot be used."""
+def check_files(config: TrainConfig, start: Start) -> None:
+    """ConfigError if a file or folder that is named cannot be used; `start` is what --resume_ckpt
+    means."""
     made_later = DEMO_SETTINGS if config.demo else {}
     if config.prompt_file != made_later.get("prompt_file"):
         read_prompts(config)
@@ -256,7 +257,10 @@ def check_files(config: TrainConfig) -> None:
         path = getattr(config, name)
         if path != made_later.get(name) and (path or name == "data_dir"):
             _check_data(config, name, path)
-    check_writable("checkpoints_dir", config.checkpoints_dir)
+    if start.run_dir:  # which need not lie in --checkpoints_dir, if it was moved
+        check_writable("resume_ckpt", str(start.run_dir))
+    else:
+        check_writable("checkpoints_dir", config.checkpoints_dir)
     if not (config.use_captions or config.use_webdataset):
         data, runs = (
             Path(p).expanduser().resolve() for p in (config.data_dir, config.checkpoints_dir)
@@ -288,7 +292,7 @@ def _check_data(config: TrainConfig, name: str, path: str) -> None:
             check_folder(path, config.use_captions)
     except (ValueError, OSError) as error:
         if config.dry_run and Path(path).expanduser().is_dir():
-            return  # there it is told, after all else that is
+            return  # its report tells so itself, after the settings
         hint = ""
         if not config.use_webdataset and _holds_shards(path):
             hint = "; for the tar shards in it add --use_webdataset"
@@ -296,8 +300,10 @@ def _check_data(config: TrainConfig, name: str, path: str) -> None:
 
 
 def _holds_shards(path: str) -> bool:
-    folder = Path(path).expanduser()
-    return folder.is_dir() and any(p.name.endswith(SHARD_SUFFIXES) for p in folder.iterdir())
+    try:
+        return any(map(is_named_as_shard, Path(path).expanduser().iterdir()))
+    except OSError:  # no folder, or none that can be read
+        return False
 
 
 def check_writable(name: str, path: str) -> None:

@@ -58,8 +58,7 @@ def report_cost(config: TrainConfig) -> None:
     measured = measure(config, device)
     _print_memory(expected, measured.memory, _room(device, room))
     _print_time(config, measured)
-    left = None if measured.total is None else max(0, measured.total - measured.made)
-    _print_checkpoints(config, device, expected, host, left)
+    _print_checkpoints(config, device, expected, host, measured.total, measured.made)
 
 
 def _print(name: str, *figures: str, remark: str = "") -> None:
@@ -131,12 +130,18 @@ def duration(seconds: float) -> str:
 
 # ------------------------------------------------------------------- checkpoints
 def _print_checkpoints(
-    config: TrainConfig, device: torch.device, memory: Memory, host: int | None, steps: int | None
+    config: TrainConfig,
+    device: torch.device,
+    memory: Memory,
+    host: int | None,
+    total: int | None,
+    made: int = 0,
 ) -> None:
-    """Their sizes and what of disk and main memory they need, for a run of so many steps.
+    """Their sizes and what of disk and main memory they need.
 
     Args:
         host: bytes of main memory that are available before there is a model.
+        total, made: as in `kept_checkpoints`.
     """
     # those that train have as many bytes as their gradients, and are written in float32
     weights = memory.weights + (memory.gradients if config.low_memory else 0)
@@ -148,9 +153,10 @@ def _print_checkpoints(
     parts = ", ".join(f"{name} {gigabytes(count)}" for name, count in files.items())
     _print("a checkpoint", gigabytes(size), remark=parts)
 
-    folder = Path(config.checkpoints_dir).expanduser()
-    free = shutil.disk_usage(folder).free
-    count, words = kept_checkpoints(config, steps)
+    folder = Path(config.checkpoints_dir).expanduser().absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    count, words = kept_checkpoints(config, total, made)
     needed = count * size
     remark = f"{words}; {gigabytes(free)} are free in {folder}"
     if needed > free:
@@ -163,15 +169,17 @@ def _print_checkpoints(
     )
 
 
-def kept_checkpoints(config: TrainConfig, steps: int | None) -> tuple[int, str]:
-    """How many checkpoints lie on disk at a time at most, and that in words.
+def kept_checkpoints(config: TrainConfig, total: int | None, made: int = 0) -> tuple[int, str]:
+    """How many checkpoints to come lie on disk at a time at most, and that in words.
 
     Args:
-        steps: that the run will make; None if that is not known.
+        total: steps of the run; None if that is not known.
+        made: those that are behind it.
     """
     kept = config.keep_checkpoints
-    if steps is not None:
-        written = math.ceil(steps / config.save_checkpoint_interval)
+    if total is not None:
+        interval = config.save_checkpoint_interval
+        written = math.ceil(total / interval) - made // interval if made < total else 0
         if not kept or written <= kept:
             return written, f"{written} checkpoint" + "s" * (written != 1)
     elif not kept:

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 
 from glide_finetune.arguments import Parser, add_flags
-from glide_finetune.config import ConfigError
 from glide_finetune.generate_config import FIELDS, GenerateConfig, check, settings_of
 from glide_finetune.programs import run_program
 
@@ -45,14 +44,12 @@ def parse_config(argv: Sequence[str] | None = None) -> GenerateConfig:
     """
     parser = build_parser()
     typed = vars(parser.parse_args(argv))
-    try:
+    with parser.mistakes_told():
         told = settings_of(typed["again"]) if typed.get("again") else {}
         if "prompt_file" in typed:
             told.pop("prompt", None)
         config = GenerateConfig(**(told | typed))
         check(config)
-    except ConfigError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
     return config
 
 

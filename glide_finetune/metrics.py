@@ -48,9 +48,10 @@ class MetricsLog:
         self._file = None
         self._unwritten = b""  # lines that a full disk has not taken yet
         self._disk_takes_lines = True
-        self._wandb, self._owns_wandb = wandb_run, False
+        self._wandb, self._owns_wandb = None, False
         if run_dir is None:
             return
+        self._wandb = wandb_run
         path = run_dir / METRICS_NAME
         _rewind(path, resume_step)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glide_finetune.arguments import Parser, add_flags, merge, saved_settings
+from glide_finetune.arguments import Parser, add_flags, merge, refuse_commands, saved_settings
 from glide_finetune.clip_options import (
     CLIP_PRESETS,
     FIRST_LOGIT_SCALE,
@@ -38,7 +38,7 @@ from glide_finetune.config_checks import (
 )
 from glide_finetune.generate_config import CLIP_CONFIG, CLIP_FILES, RELEASED, clip_paths
 from glide_finetune.model_options import described_model
-from glide_finetune.runs import ARGS_NAME, Start, interpret_resume, read_args
+from glide_finetune.runs import Start, interpret_resume, read_args
 
 PROGRAM = "python -m glide_finetune.noisy_clip_finetune"
 CLIP_KIND = "clip"  # of the models in the descriptions of checkpoints
@@ -156,11 +156,9 @@ def parse_config(argv: Sequence[str] | None = None) -> ClipConfig:
     """
     parser = build_parser()
     typed = vars(parser.parse_args(argv))
-    try:
+    with parser.mistakes_told():
         config = completed(ClipConfig(**_with_defaults(typed)))
         check(config)
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
     return config
 
 
@@ -182,6 +180,7 @@ def _with_defaults(typed: dict[str, Any]) -> dict[str, Any]:
     defaults: dict[str, Any] = {}
     if typed.get("config"):
         defaults = saved_settings("config", typed["config"], SETTINGS)
+        refuse_commands(defaults, typed)
         if "freeze_text" not in defaults:
             raise ConfigError(f"--config: {typed['config']} is of a run that trains no CLIP")
     if typed.keys() & {"clip", "init"}:  # of which one may contradict the other's default
@@ -190,7 +189,7 @@ def _with_defaults(typed: dict[str, Any]) -> dict[str, Any]:
     start = interpret_resume(
         typed.get("resume_ckpt", ""), settings.get("checkpoints_dir", ClipConfig.checkpoints_dir)
     )
-    if start.run_dir and (start.run_dir / ARGS_NAME).exists():
+    if start.run_dir:
         if "freeze_text" not in read_args(start.run_dir):
             raise ConfigError(
                 f"--resume_ckpt: the run {start.run_dir} trains no CLIP: go on with it by "
@@ -198,8 +197,9 @@ def _with_defaults(typed: dict[str, Any]) -> dict[str, Any]:
             )
         return merge(defaults, saved_settings("resume_ckpt", start.run_dir, SETTINGS), typed)
     if start.weights and "model_preset" not in typed:
-        _, options = described_model(start.weights)
-        return merge(defaults, {"model_options": options}, typed)
+        kind, options = described_model(start.weights)
+        if kind == CLIP_KIND:  # else `check` tells what it is
+            return merge(defaults, {"model_options": options}, typed)
     if typed.get("clip") and "model_preset" not in typed:
         return merge(defaults, {"model_options": _options_beside(typed["clip"])}, typed)
     return settings
@@ -264,7 +264,7 @@ def check(config: ClipConfig) -> None:
         raise ConfigError("--freeze_text and --freeze_image together leave nothing to train")
     check_combinations(config, start)
     _check_start(config, start)
-    check_files(config)
+    check_files(config, start)
 
 
 def _check_start(config: ClipConfig, start: Start) -> None:

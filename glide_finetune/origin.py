@@ -1,7 +1,7 @@
 """What a run goes on from: one of its own checkpoints, one that is given, or nothing."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from glide_finetune.checkpoints import (
 )
 from glide_finetune.config import TrainConfig
 from glide_finetune.model_options import description_path
-from glide_finetune.runs import ARGS_NAME, Start, read_args
+from glide_finetune.runs import Start, read_args
 from glide_finetune.weights import kind_of_model, may_be_widened, read_weights
 
 logger = logging.getLogger(__name__)
@@ -22,20 +22,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Origin:
-    """What a training process goes on from.
+    """The files that a training process starts from, as they are found under the lock of the run.
 
     run_dir: the run to go on in; None makes a new one.
     checkpoint: where weights, and perhaps the training state, come from; None follows `init`.
-    goes_on: whether `checkpoint` is one of that run's own.
+    checkpoint_is_own: whether it is one of that run's own.
     first: the settings `resume_ckpt` and `weights_only` that the run began with, which it needs
         again if it stops before its first checkpoint.
-    settings: those that the run was last started with, or that the training state in `checkpoint`
-        was made with; empty for a new one.
+    settings: those that the run was last started with; empty for a new one.
     """
 
     run_dir: Path | None = None
     checkpoint: CheckpointFiles | None = None
-    goes_on: bool = False
+    checkpoint_is_own: bool = False
     first: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -44,11 +43,13 @@ class Origin:
         """Whether optimizer and step come along with the weights."""
         if not (self.checkpoint and self.checkpoint.training_state):
             return False
-        return self.goes_on or not self.first["weights_only"]
+        return self.checkpoint_is_own or not self.first["weights_only"]
 
     @property
     def description(self) -> dict[str, Any]:
         """The JSON beside the checkpoint; empty if there is none that can be read."""
+        if self.checkpoint is None:
+            return {}
         try:
             return read_json(description_path(self.checkpoint.weights))
         except ValueError:
@@ -68,10 +69,9 @@ def find_origin(config: TrainConfig, start: Start) -> Origin:
     first = {"resume_ckpt": "", "weights_only": config.weights_only}
     if start.weights:
         first["resume_ckpt"] = str(start.weights.resolve())
-    if start.run_dir and (start.run_dir / ARGS_NAME).exists():
+    if start.run_dir:
         settings = read_args(start.run_dir)
         first = {name: settings.get(name, value) for name, value in first.items()}
-    if start.run_dir:
         own = newest_checkpoint(start.run_dir)
         _tell_of_damage(start.run_dir, own)
         if own:
@@ -98,17 +98,19 @@ def _tell_of_damage(run_dir: Path, own: CheckpointFiles | None) -> None:
     )
 
 
-def is_widened(checkpoint: CheckpointFiles | None, config: TrainConfig) -> bool:
-    """Whether an inpainting model starts from weights of the kind that knows nothing of masks.
+def widened(origin: Origin, config: TrainConfig) -> Origin:
+    """`origin`, without its training state if an inpainting model starts from weights of the kind
+    that knows nothing of masks: the moments would not fit a wider convolution. That is logged.
 
     Raises:
         ValueError: the weights cannot be read, or are never to learn of masks.
     """
+    checkpoint = origin.checkpoint
     if not (checkpoint and config.train_inpaint):
-        return False
+        return origin
     weights = read_weights(checkpoint.weights)
     if not may_be_widened(weights, config.model_type):
-        return False
+        return origin
     kind = kind_of_model(weights)
     if config.freeze_diffusion:
         raise ValueError(
@@ -120,4 +122,4 @@ def is_widened(checkpoint: CheckpointFiles | None, config: TrainConfig) -> bool:
         "first convolution gets channels of zeros for the known pixels and the mask",
         checkpoint.weights, kind, config.model_type,
     )  # fmt: skip
-    return True
+    return replace(origin, checkpoint=replace(checkpoint, training_state=None))

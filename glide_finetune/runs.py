@@ -25,7 +25,8 @@ _RUN_NAME = re.compile(r"[0-9]{4,}")
 
 @dataclass(frozen=True)
 class Start:
-    """What a training process starts from; at most one of the two is given.
+    """What `--resume_ckpt` means; at most one of the two is given. An `Origin` has the files that
+    are found there.
 
     run_dir: go on in this folder from its newest checkpoint (from its beginning if it has none).
     weights: make a new run that starts from this file, and from the training state beside it.
@@ -84,10 +85,13 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def newest_run(checkpoints_dir: str | Path) -> Path | None:
-    """The run folder with the highest number; None if there is none. One that holds nothing yet,
-    such as that of a start for which the disk was full, does not count."""
+    """The run folder with the highest number; None if there is none.
+
+    It has its settings, which are the first that is written into it: without them it is the start
+    of a run for which the disk was full, or a folder of the user's, such as 2024.
+    """
     folder = Path(checkpoints_dir).expanduser()
-    begun = (run for run in _runs(folder) if any(file.name != LOCK_NAME for file in run.iterdir()))
+    begun = (run for run in _runs(folder) if (run / ARGS_NAME).is_file())
     return max(begun, key=lambda run: (int(run.name), run.name), default=None)
 
 

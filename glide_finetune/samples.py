@@ -83,7 +83,7 @@ class SampleDrawer:
         options: what the model was made with.
         folder: where the grids go, named by step.
         low_res: what the upsampler starts from, (1, 3, h, w) in [-1, 1].
-        respacing: timesteps of a sampling run.
+        respacing: timesteps of a sampling run; "" for few, or all of a model that has few.
         example: for an inpainting model, an item of the data: (tokens, mask, images) or
             (tokens, mask, low_res, high_res). Its middle is repainted below the other samples.
     """
@@ -102,7 +102,9 @@ class SampleDrawer:
         self.folder = folder
         self.low_res = low_res
         self.example = example
-        self.respacing = respacing or ("fast27" if config.train_upsample else "25")
+        if not respacing and options["diffusion_steps"] >= 50:  # which fast27 takes
+            respacing = "fast27" if config.train_upsample else "25"
+        self.respacing = respacing
         # What is nearest to what the weights say in so few steps (docs/samplers.md).
         self.sampler = config.test_sampler or ("ddim" if config.train_upsample else "dpm++2m")
         self.prompts = read_prompts(config)
@@ -120,9 +122,9 @@ class SampleDrawer:
                 repainted, label = self._repaint(trainer, *self.example)
                 pictures, labels = torch.cat([pictures, repainted]), [*labels, label]
         grid = labelled_grid(pictures, labels)
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{trainer.progress.step:08d}.png"
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as file:
                 grid.save(file, "png")
         except OSError as error:

@@ -128,7 +128,12 @@ def sample(
     chosen = pick_sampler(name, cond_fn is not None, bool(threshold))
     _check_ranges(
         {"guidance_rescale": guidance_rescale, "threshold": threshold},
-        {"batch_size": batch_size, "side_x": side_x, "side_y": side_y},
+        {
+            "batch_size": batch_size,
+            "side_x": side_x,
+            "side_y": side_y,
+            "pictures_a_pass": pictures_a_pass,
+        },
     )
     if glide_options.get("super_res", upsample_enabled) != upsample_enabled:
         kind = "a base model" if upsample_enabled else "an upsampler"

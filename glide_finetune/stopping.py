@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -23,7 +24,8 @@ ONE_PRESS = 0.2  # seconds within which one Ctrl-C may come twice: from the term
 @contextlib.contextmanager
 def stopping_on_signals(trainer: "Trainer") -> Iterator[list[signal.Signals]]:
     """While open, these signals end training after the current step; a second Ctrl-C, no sooner
-    than `ONE_PRESS` after the first, ends it at once. Gives the list of the signals received."""
+    than `ONE_PRESS` after the first, ends it at once. Gives the list of the signals received, which
+    stays empty outside of the main thread, where Python lets nobody listen to them."""
     received: list[signal.Signals] = []
     first_at = 0.0
     owner = os.getpid()
@@ -41,9 +43,9 @@ def stopping_on_signals(trainer: "Trainer") -> Iterator[list[signal.Signals]]:
             _write(f"\n{program}: interrupted\n")
             os._exit(128 + number)  # waits for no thread, such as one that writes a checkpoint
 
-    before = {
-        number: signal.signal(number, stop) for number in STOP_SIGNALS if not _is_left_out(number)
-    }
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    listened_to = [n for n in STOP_SIGNALS if in_main_thread and not _is_left_out(n)]
+    before = {number: signal.signal(number, stop) for number in listened_to}
     try:
         yield received
     finally:

@@ -5,6 +5,7 @@ the epoch and its position; so a run that goes on from a checkpoint makes the sa
 that never stopped, and no random state needs to be kept.
 """
 
+import contextlib
 import logging
 import math
 from collections import Counter
@@ -152,7 +153,8 @@ class Trainer:
     def _train(self, loader: Iterable, display: StepDisplay) -> None:
         if self._unreported:
             self._saved_step = 0  # what the checkpoint lacks is made up for now
-            self._after_step(*self._unreported, display)
+            with self._saved_at_error():
+                self._after_step(*self._unreported, display)
         elif self.reached_end():
             logger.warning(
                 "nothing left to train: the run has made its %d steps in %d epochs; raise "
@@ -187,7 +189,7 @@ class Trainer:
         self._total_steps = self.count_steps(loader)
         self.model.train()
         timer = StepTimer(loader)
-        groups = groups_of(self.config.gradient_accumulation_steps, self._saving_at_error(timer))
+        groups = groups_of(self.config.gradient_accumulation_steps, self._saving_if_it_fails(timer))
         state_bytes = training_state_bytes(self.model.parameters(), self.ema is not None)
         for batches, ends_epoch in groups:
             with out_of_memory_explained(
@@ -197,7 +199,8 @@ class Trainer:
             metrics["epoch"] = self.progress.epoch
             if ends_epoch:
                 self._count_epoch()
-            self._after_step(metrics, self.reached_end(), display)
+            with self._saved_at_error():
+                self._after_step(metrics, self.reached_end(), display)
             if ends_epoch or self.reached_end() or self.stop_requested:
                 return
             timer.start()
@@ -205,12 +208,17 @@ class Trainer:
             raise ValueError("the data gave no batch: it is empty or everything was filtered out")
         self._count_epoch()  # of which a resumed run found nothing left
 
-    def _saving_at_error(self, batches: Iterable) -> Iterator[Any]:
-        """Passes batches on. If the data fails, which is between two steps, saves before that ends
-        the run."""
-        try:
+    def _saving_if_it_fails(self, batches: Iterable) -> Iterator[Any]:
+        """Passes batches on, as the data can fail only between two steps."""
+        with self._saved_at_error():
             yield from batches
-        except (OSError, ValueError):
+
+    @contextlib.contextmanager
+    def _saved_at_error(self) -> Iterator[None]:
+        """Around what happens between two steps: saves before an error there ends the run."""
+        try:
+            yield
+        except Exception:
             self._save_what_is_made()
             raise
 
@@ -293,6 +301,7 @@ class Trainer:
         resumed run begins with them.
         """
         step, config = self.progress.step, self.config
+        self._unreported = (metrics, is_last)
         validates = self._validate and (is_last or is_time(step, config.eval_interval))
         draws = self.draw_samples and (is_last or is_time(step, config.log_frequency))
         all_metrics = metrics | peak_memory(self.device)
@@ -303,8 +312,8 @@ class Trainer:
         display.show(step, all_metrics, is_last=is_last)
         if draws:
             self._unless_stopping(self.draw_samples)
-        left = self.stop_requested and (validates or draws)
-        self._unreported = (metrics, is_last) if left else None
+        if not (self.stop_requested and (validates or draws)):
+            self._unreported = None
         if is_time(step, config.save_checkpoint_interval):
             self.save()
 
@@ -325,10 +334,11 @@ class Trainer:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            flags = ["test_batch_size", "batch_size"] if self.draw_samples else ["batch_size"]
+            smaller = [f"--{flag} (now {getattr(self.config, flag)})" for flag in flags]
             logger.error(
                 "not enough memory for the samples or the validation of step %d, which are left "
-                "out: lower --test_batch_size (now %d) or --batch_size",
-                self.progress.step, self.config.test_batch_size,
+                "out: lower %s", self.progress.step, " or ".join(smaller),
             )  # fmt: skip
             return None
         finally:

@@ -5,7 +5,7 @@ import logging
 import shlex
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from glide_finetune.memory import (
 )
 from glide_finetune.metrics import MetricsLog
 from glide_finetune.optimization import make_optimizer
-from glide_finetune.origin import Origin, find_origin, is_widened
+from glide_finetune.origin import Origin, find_origin, widened
 from glide_finetune.programs import LineHandler
 from glide_finetune.runs import create_run, interpret_resume, locked, write_args
 from glide_finetune.samples import SampleDrawer
@@ -106,7 +106,7 @@ def _run(
         )  # fmt: skip
     trainer.log = MetricsLog(
         run_folder,
-        resume_step=trainer.reported_step if origin.goes_on else None,
+        resume_step=trainer.reported_step if origin.checkpoint_is_own else None,
         project=config.project_name,
         config=settings,
     )
@@ -138,8 +138,7 @@ def glide_job(config: TrainConfig, origin: Origin, device: torch.device) -> "Job
     # first the data, since mistakes in it should not have to wait for a download
     data = make_training_data(config, device)
     low_res = image_to_upsample(config, data)
-    if is_widened(checkpoint, config):  # the moments would not fit a wider convolution
-        origin = replace(origin, checkpoint=replace(checkpoint, training_state=None))
+    origin = widened(origin, config)
     model, diffusion, options = load_model(
         str(checkpoint.weights) if checkpoint else "",
         use_fp16=config.use_fp16,
@@ -173,8 +172,8 @@ def go_on(trainer: Trainer, origin: Origin) -> None:
     """
     if not origin.brings_training_state:
         return
-    trainer.restore(origin.checkpoint, new_run=not origin.goes_on)
-    if not origin.goes_on and trainer.reached_end():
+    trainer.restore(origin.checkpoint, new_run=not origin.checkpoint_is_own)
+    if not origin.checkpoint_is_own and trainer.reached_end():
         raise ValueError(
             f"--max_steps is {trainer.config.max_steps}, but {origin.checkpoint.weights} is of "
             f"step {trainer.progress.step} already: give a higher one, or --weights_only, which "
@@ -235,6 +234,8 @@ def warn_of_little_memory(trainer: Trainer) -> None:
     main memory ends the process without a word."""
     parameters = list(trainer.model.parameters())
     there = sum(p.nbytes for p in parameters)
+    states = trainer.optimizer.state.values()  # of a run that goes on
+    there += sum(v.nbytes for state in states for v in state.values() if torch.is_tensor(v))
     needed = training_state_bytes(parameters, with_ema=False) - there
     available = available_memory(trainer.device)
     if available is not None and needed > available:

@@ -420,6 +420,12 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "--wds_skip_words {}/blank.txt": ("--wds_skip_words", "blank.txt", "holds no word"),
     "--wds_skip_words {}/binary.txt": ("--wds_skip_words", "binary.txt", "UTF-8"),
     "--data_dir {}/bad.list --use_webdataset": ("--data_dir", "bad.list", "only when typed"),
+    "--data_dir ~nobody-here/x": ("~ of a user who is not known",),
+    "--data_dir {}/" + "x" * 300: ("--data_dir", "File name too long"),
+    "--checkpoints_dir {}/" + "x" * 300: ("cannot read", "File name too long"),
+    "--resume_ckpt {}/" + "x" * 300: ("cannot read", "File name too long"),
+    "--config {}/" + "x" * 300: ("cannot read", "File name too long"),
+    "--data_dir {}/upper": ("no images", "add --use_webdataset"),
     "--data_dir s3://bucket/0.tar --use_webdataset": ("--data_dir", "s3:// is unknown", "pipe:"),
     "--demo --prompt_file {}/no.txt": ("--prompt_file", "no.txt"),
     "--checkpoints_dir {}/blank.txt/runs": ("--checkpoints_dir", "blank.txt is a file"),
@@ -510,10 +516,11 @@ print(json.dumps([answers, heavy]))
 def odd_files(folder: Path) -> None:
     make_data(folder / "data")
     make_data(folder / "good")
-    for name in ("empty", "uncaptioned", "tars", "runs/0000", "run"):
+    for name in ("empty", "uncaptioned", "tars", "upper", "runs/0000", "run"):
         (folder / name).mkdir(parents=True)
     (folder / "uncaptioned" / "cat.png").touch()
     (folder / "tars" / "0.tar").touch()
+    (folder / "upper" / "0.TAR").touch()
     Image.effect_noise((64, 64), 80).save(folder / "whole.png")
     (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:1000])
     Image.new("RGB", (64, 64)).save(folder / "a.ico")  # no format that pictures come in
@@ -605,6 +612,20 @@ class TestMistakes:
         assert error.count("\n") == 1
         for part in MISTAKES[words]:
             assert part in error
+
+    def test_a_command_in_somebody_elses_settings_is_not_run_unless_typed(self, tmp_path, capsys):
+        settings = tmp_path / "args.json"
+        settings.write_text('{"data_dir": "pipe:cat 0.tar", "use_webdataset": true}')
+        with pytest.raises(SystemExit):
+            parse_config(["--config", str(settings)])
+        assert "commands are run only when typed" in capsys.readouterr().err
+        typed = ["--config", str(settings), "--data_dir", "pipe:cat 1.tar"]
+        assert parse_config(typed).data_dir == "pipe:cat 1.tar"
+
+    def test_a_run_that_was_moved_needs_no_folder_of_other_runs(self, tmp_path, capsys):
+        run = saved_run(tmp_path / "moved", checkpoints_dir=str(tmp_path / "file" / "runs"))
+        (tmp_path / "file").write_text("")
+        assert parse_config(["--resume_ckpt", str(run)]).resume_ckpt == str(run)
 
     def test_a_launcher_of_several_processes_is_refused(self, monkeypatch, capsys):
         for processes in ("", "1"):

@@ -474,6 +474,15 @@ def test_a_mistake_is_told_in_one_line(argv, message, capsys, monkeypatch):
     assert error.count("\n") == 1
 
 
+def test_weights_of_glide_are_told_as_such(capsys):
+    """And not by their options, which no CLIP has."""
+    write_pictures(["a cat", "a dog"])
+    write_run(Path("base"))
+    with pytest.raises(SystemExit):
+        parse_config(["--data_dir", "data", "--resume_ckpt", "base/glide-ft-0x3.pt"])
+    assert "is a model of kind base, no CLIP" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "settings", [{"compile": True}, {"log_frequency": 1}, {"low_memory": True}, {"demo": True}]
 )

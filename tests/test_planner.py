@@ -212,19 +212,21 @@ def test_times_are_told_in_their_two_largest_units(seconds, text):
 
 
 @pytest.mark.parametrize(
-    ("words", "steps", "count"),
+    ("words", "steps", "made", "count"),
     [
-        ("--keep_checkpoints 3", 10_000, 4),
-        ("--keep_checkpoints 3", 2500, 3),  # of steps 1000, 2000 and the last
-        ("--keep_checkpoints 3", None, 4),
-        ("--keep_checkpoints 0", 2500, 3),
-        ("--keep_checkpoints 0", None, 1),
+        ("--keep_checkpoints 3", 10_000, 0, 4),
+        ("--keep_checkpoints 3", 2500, 0, 3),  # of steps 1000, 2000 and the last
+        ("--keep_checkpoints 3", None, 0, 4),
+        ("--keep_checkpoints 0", 2500, 0, 3),
+        ("--keep_checkpoints 0", None, 0, 1),
+        ("--keep_checkpoints 3", 1100, 900, 2),  # of step 1000 and the last
+        ("--keep_checkpoints 3", 1000, 1000, 0),
     ],
 )
 def test_the_disk_holds_the_checkpoints_that_are_kept_and_the_one_being_written(
-    words, steps, count
+    words, steps, made, count
 ):
-    assert kept_checkpoints(settings(words), steps)[0] == count
+    assert kept_checkpoints(settings(words), steps, made)[0] == count
 
 
 @pytest.mark.parametrize("low_memory", ["", "--low_memory"])

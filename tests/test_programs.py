@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -181,6 +182,16 @@ def test_memory_that_is_freed_is_kept():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert float(done.stdout) < 3, "of 30 tensors"
+
+
+def test_outside_of_the_main_thread_nobody_listens_to_signals():
+    def listen():
+        config = SimpleNamespace(config=TrainConfig(), stop_requested=False)
+        with stopping_on_signals(config) as received:
+            return received
+
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(listen).result() == []
 
 
 @pytest.mark.parametrize(

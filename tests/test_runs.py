@@ -36,6 +36,15 @@ def test_the_newest_run_is_one_that_was_begun(tmp_path):
     assert create_run(tmp_path).name == "0004"
 
 
+def test_a_folder_of_the_users_is_no_run_though_it_is_called_by_a_number(tmp_path):
+    run = create_run(tmp_path)
+    write_args(run, {})
+    (tmp_path / "2024").mkdir()
+    (tmp_path / "2024" / "draft.tmp").write_text("keep me")
+    assert newest_run(tmp_path) == run
+    assert create_run(tmp_path).name == "2025"
+
+
 def test_folders_and_files_with_other_names_are_ignored(tmp_path):
     for name in ("samples", "64", "0003x", "-0009"):
         (tmp_path / name).mkdir()

@@ -125,6 +125,22 @@ def test_the_sampler_can_be_chosen(tmp_path, settings, used):
     assert drawn.tobytes() == images.to_pil(wanted).tobytes()
 
 
+@pytest.mark.parametrize("model_type", ["base", "upsample"])
+def test_a_model_of_few_timesteps_is_drawn_with_all_of_them(tmp_path, model_type):
+    few = {"options": {"diffusion_steps": 40}}
+    trainer = tiny_trainer(tmp_path, model_type, load=few, test_prompt="a cat")
+    low_res = torch.zeros(1, 3, SIDE // 4, SIDE // 4) if model_type == "upsample" else None
+    draw = SampleDrawer(trainer.config, trainer.options, tmp_path / "samples", low_res)
+    assert draw(trainer).exists()
+
+
+def test_grids_without_a_place_do_not_end_the_run(tmp_path, caplog):
+    (tmp_path / "samples").write_text("a file")
+    trainer = tiny_trainer(tmp_path, test_prompt="a cat")
+    drawer(trainer, tmp_path / "samples")(trainer)
+    assert "the samples cannot be written to" in caplog.text
+
+
 def test_samples_come_from_the_averaged_weights(tmp_path):
     trainer = tiny_trainer(tmp_path, ema_rate=0.9999)
     draw = drawer(trainer, tmp_path)

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from glide_finetune import bad_steps, checkpoint_writer, steps
+from glide_finetune import bad_steps, checkpoint_writer, steps, training_run
 from glide_finetune import trainer as trainer_module
 from glide_finetune.bad_steps import TrainingDiverged
 from glide_finetune.batch_losses import batch_losses
@@ -331,6 +331,43 @@ def test_samples_that_do_not_fit_into_memory_are_left_out(tmp_path, caplog):
     trainer.train(Batches(2))
     assert trainer.progress.step == 2
     assert "lower --test_batch_size (now 1)" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["draw_samples", "validate"])
+def test_what_fails_between_two_steps_loses_none_of_them(tmp_path, where):
+    """And the run that goes on begins with it."""
+    settings = {"max_steps": 4, "log_frequency": 2, "eval_interval": 2}
+    action = mock.Mock(side_effect=RuntimeError("bug"))
+    log = MetricsLog(tmp_path)
+    trainer = tiny_trainer(tmp_path, log=log, **settings, **{where: action})
+    with pytest.raises(RuntimeError, match="bug"):
+        trainer.train(Batches(8))
+    log.close()
+    files = newest_checkpoint(tmp_path)
+    assert files.step == 2
+    action = mock.Mock(return_value={})
+    resumed = tiny_trainer(tmp_path, **settings, **{where: action})
+    resumed.model.load_state_dict(read_weights(files.weights))
+    resumed.restore(files)
+    resumed.log = log = MetricsLog(tmp_path, resume_step=resumed.reported_step)
+    resumed.train(Batches(8))
+    log.close()
+    assert action.call_count == 2
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_little_memory_is_told_of_what_is_still_to_come(tmp_path, monkeypatch, caplog, low_memory):
+    """A run that goes on has its moments already."""
+    trainer = tiny_trainer(tmp_path, low_memory=low_memory)
+    gradients = sum(p.nbytes for p in trainer.model.parameters())
+    monkeypatch.setattr(training_run, "available_memory", lambda device: 2 * gradients)
+    training_run.warn_of_little_memory(trainer)
+    assert "the first step will probably fail" in caplog.text
+    caplog.clear()
+    trainer.train_step([tiny_batch()])
+    training_run.warn_of_little_memory(trainer)
+    assert caplog.text == ""
 
 
 def test_other_errors_of_a_step_stay_as_they_are(tmp_path, monkeypatch):
