@@ -1,6 +1,7 @@
 """The signals that ask a run to stop, which it does after the step that it is in."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -41,6 +42,8 @@ def stopping_on_signals(trainer: "Trainer") -> Iterator[list[signal.Signals]]:
             _write("\nstopping after this step; press Ctrl-C again to leave at once\n")
         elif number == signal.SIGINT and time.monotonic() - first_at > ONE_PRESS:
             _write(f"\n{program}: interrupted\n")
+            for worker in multiprocessing.active_children():  # one that sends would wait for ever
+                worker.kill()
             os._exit(128 + number)  # waits for no thread, such as one that writes a checkpoint
 
     in_main_thread = threading.current_thread() is threading.main_thread()

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import itertools
 import logging
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 import weakref
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -406,6 +408,39 @@ def test_a_worker_that_was_killed_while_it_sends_is_told(folder, no_shared_memor
     kill_a_worker()
     with pytest.raises(ChildProcessError, match=KILLED):
         list(received)
+
+
+def test_a_worker_that_was_killed_while_it_sends_to_a_thread_is_told(
+    folder, no_shared_memory, monkeypatch
+):
+    """To torch's thread that pins batches for CUDA, which has to be pretended here."""
+    pretended = {
+        "is_available": lambda: True,
+        "current_accelerator": lambda *_, **__: torch.device("cuda"),
+        "current_device_index": lambda: 0,
+        "set_device_index": lambda *_: None,
+    }
+    for name, answer in pretended.items():
+        monkeypatch.setattr(torch.accelerator, name, answer, raising=False)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: self.clone())
+    send, parent, messages = Connection._send, os.getpid(), []
+
+    def die_in_the_middle(self, data, *args):
+        if os.getpid() != parent and len(data) > 100_000:
+            messages.append(len(data))
+            if len(messages) == 3:
+                send(self, bytes(data[: len(data) // 2]))
+                os.kill(os.getpid(), signal.SIGKILL)
+        send(self, data, *args)
+
+    monkeypatch.setattr(Connection, "_send", die_in_the_middle)
+    data = dataset(folder, side_x=128, side_y=128)
+    loader = make_dataloader(data, 4, seed=5, num_workers=2, device="cuda")
+    no_shared_memory()
+    with pytest.raises(ChildProcessError, match=KILLED):
+        list(itertools.chain.from_iterable(itertools.repeat(loader, 10)))
+    del loader
+    gc.collect()  # ends the loader's workers, and waited for the thread
 
 
 # torch stumbles over what it has not made yet as it cleans up.

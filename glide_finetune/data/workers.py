@@ -126,8 +126,12 @@ def received_from(loader: DataLoader) -> Iterator[Any]:
         finally:
             _handle_children(handler)
         workers = getattr(items, "_workers", [])
-        while (item := _next_item(items, workers)) is not _END:
-            yield item
+        try:
+            while (item := _next_item(items, workers)) is not _END:
+                yield item
+        except ChildProcessError:
+            _abandon(items, workers)
+            raise
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
@@ -154,6 +158,14 @@ def _next_item(items: Iterator[Any], workers: Sequence[BaseProcess]) -> Any:
         raise
     finally:
         _handle_children(handler)
+
+
+def _abandon(items: Iterator[Any], workers: Sequence[BaseProcess]) -> None:
+    """Where batches are pinned, a thread of torch's may wait for the other half of a message, and
+    torch for that thread as it ends the workers."""
+    for worker in workers:
+        worker.kill()
+    vars(items).pop("_pin_memory_thread", None)
 
 
 def _worker_died() -> ChildProcessError:
