@@ -49,11 +49,16 @@ class CheckpointWriter:
         One that cannot be written is an error in the log, and `wait` returns it.
         """
         self.wait()
-        if not self._has_room(checkpoint):
+        copy = None
+        if self._has_room(checkpoint):
+            try:
+                copy = self._copy(checkpoint, "")
+            except (RuntimeError, MemoryError):  # less may be pinned than there is, for example
+                self._copies.clear()
+        if copy is None:
             logger.warning("little memory is left: training waits while the checkpoint is written")
             self._write(checkpoint)
             return
-        copy = self._copy(checkpoint, "")
         for device in {tensor.device for tensor in _tensors(checkpoint) if tensor.is_cuda}:
             torch.cuda.synchronize(device)  # the copies above do not wait for each other
         # A daemon, so that somebody who leaves in the middle of it need not wait.
@@ -96,7 +101,7 @@ class CheckpointWriter:
         if self._copies:
             return True
         available = available_memory(torch.device("cpu"))
-        needed = sum(tensor.nbytes for tensor in _tensors(checkpoint))
+        needed = sum(map(_bytes_of_copy, _tensors(checkpoint)))
         # weights that are kept in fewer bytes become float32 while they are written
         needed += sum(4 * t.numel() for t in checkpoint["model_state"].values() if t.itemsize < 4)
         return available is None or needed < MOST_OF_MEMORY * available
@@ -115,6 +120,11 @@ class CheckpointWriter:
         if type(value) in (list, tuple):
             return type(value)(self._copy(item, f"{name}.{i}") for i, item in enumerate(value))
         return value
+
+
+def _bytes_of_copy(tensor: Tensor) -> int:
+    """Pinned memory comes in powers of two."""
+    return 1 << (tensor.nbytes - 1).bit_length() if tensor.is_cuda else tensor.nbytes
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -2,7 +2,9 @@
 
 Weights, gradients, optimizer and losses are float32, whatever the precision. `bf16` and `fp16` run
 the forward and backward passes under autocast; fp16 also needs its loss scaled, so that small
-gradients survive (Micikevicius et al. 2018, Mixed Precision Training).
+gradients survive (Micikevicius et al. 2018, Mixed Precision Training). On CUDA, fp32 is what torch
+makes of it: matrix products in float32, convolutions in TF32, which has 10 bits of fraction, unless
+`torch.backends.cudnn.allow_tf32` is off.
 
 Where memory is short, `keep_in_bf16` has the weights that train, and so their gradients and
 moments, kept in bfloat16. The precision stays what it was: every layer converts its weights to the

@@ -56,7 +56,7 @@ def _rescaled(eps: Tensor, eps_cond: Tensor, x: Tensor, alpha_bar: Tensor, share
 
 def _alpha_bar(table: np.ndarray, timesteps: Tensor) -> Tensor:
     """alpha-bar of the timesteps, [B, 1, 1, 1]; between two of them, as PRK asks, interpolated."""
-    values = np.interp(timesteps.double().cpu().numpy(), np.arange(len(table)), table)
+    values = np.interp(timesteps.cpu().double().numpy(), np.arange(len(table)), table)
     return torch.from_numpy(values).view(-1, 1, 1, 1)
 
 

@@ -104,9 +104,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python could not get memory on any kind of device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator" in str(error) or "out of memory" in str(error).lower()
-    )
+    words = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")  # the last of cuBLAS and cuDNN
+    return isinstance(error, RuntimeError) and any(w.lower() in str(error).lower() for w in words)
 
 
 @contextlib.contextmanager

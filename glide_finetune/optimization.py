@@ -129,7 +129,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest_norm: float) -> t
     """
     with_gradient = [p for p in parameters if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(_norms([p.grad for p in with_gradient])))
-    if norm > largest_norm:  # multiplying by 1 would take as long as half an optimizer step
+    # Multiplying by 1 would take as long as half an optimizer step; the second question waits for
+    # the device.
+    if largest_norm < math.inf and norm > largest_norm:
         nn.utils.clip_grads_with_norm_(with_gradient, largest_norm, norm)
     return norm
 

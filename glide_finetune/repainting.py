@@ -42,8 +42,12 @@ class KnownPixels:
 
     def put_back(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) with the known pixels as they are."""
-        image, mask = self.image.to(pictures), self.mask.to(pictures)
-        return torch.where(mask == 1, image, pictures)
+        known = self.to(pictures.device)
+        return torch.where(known.mask == 1, known.image.to(pictures.dtype), pictures)
+
+    def to(self, device: torch.device | str) -> "KnownPixels":
+        """The same on a device."""
+        return KnownPixels(self.image.to(device), self.mask.to(device))
 
 
 def read_known_pixels(

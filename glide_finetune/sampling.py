@@ -196,7 +196,7 @@ def sample(
                     network,
                     start.shape,
                     noise=start * upsample_temp if upsample_enabled else start,
-                    denoised_fn=_denoised_fn(threshold, known and known.part(part)),
+                    denoised_fn=_denoised_fn(threshold, known and known.part(part).to(device)),
                     cond_fn=cond_fn,
                     model_kwargs=conditions,
                     device=device,

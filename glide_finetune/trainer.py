@@ -25,6 +25,7 @@ from glide_finetune.config import TrainConfig
 from glide_finetune.ema import EMA
 from glide_finetune.fp16_util import Precision
 from glide_finetune.memory import (
+    OutOfMemory,
     is_out_of_memory,
     out_of_memory_explained,
     peak_memory,
@@ -130,6 +131,7 @@ class Trainer:
         self._total_steps: int | None = None
         self._writer: CheckpointWriter | None = None
         self._saved_step = 0  # that of the checkpoint that the run goes on from
+        self._updating = False  # the weights and their average
         self._last_metrics: dict[str, float] = {}
         # The metrics of the last step and whether it ends the run, if `_after_step` was left.
         self._unreported: tuple[dict[str, float], bool] | None = None
@@ -192,10 +194,15 @@ class Trainer:
         groups = groups_of(self.config.gradient_accumulation_steps, self._saving_if_it_fails(timer))
         state_bytes = training_state_bytes(self.model.parameters(), self.ema is not None)
         for batches, ends_epoch in groups:
-            with out_of_memory_explained(
-                self.config, self.progress.step + 1, state_bytes, self.device
-            ):
-                metrics = self.train_step(batches) | timer.metrics(image_count(batches))
+            try:
+                with out_of_memory_explained(
+                    self.config, self.progress.step + 1, state_bytes, self.device
+                ):
+                    metrics = self.train_step(batches) | timer.metrics(image_count(batches))
+            except OutOfMemory:
+                if not self._updating:  # else the weights may be of two steps
+                    self._save_what_is_made()
+                raise
             metrics["epoch"] = self.progress.epoch
             if ends_epoch:
                 self._count_epoch()
@@ -260,9 +267,11 @@ class Trainer:
         metrics = meter.means(grad_norm=grad_norm) | {"lr": learning_rate}
         keys = sample_keys(batches)
         if not self._bad_steps.is_bad(self.progress, metrics["loss"], metrics["grad_norm"], keys):
+            self._updating = True
             self.scaler.step(self.optimizer)
             if self.ema:
                 self.ema.update()
+            self._updating = False
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1

@@ -131,6 +131,23 @@ def test_a_mistake_of_ours_is_not_lost_in_the_thread(tmp_path, caplog):
     assert "training_state['bad'] is a object" in caplog.text
 
 
+def test_where_no_copies_can_be_made_training_waits_instead(tmp_path, monkeypatch, caplog):
+    """As where a system lets little memory be pinned."""
+
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer.CheckpointWriter, "_copy", fail)
+        writer = CheckpointWriter(tmp_path)
+        writer.save(**checkpoint(1, torch.ones(3)))
+        assert newest_checkpoint(tmp_path).step == 1  # without `wait`
+    assert "training waits" in caplog.text
+    writer.save(**checkpoint(2, torch.ones(3)))
+    assert writer.wait() is None
+    assert newest_checkpoint(tmp_path).step == 2
+
+
 def test_where_memory_is_short_training_waits_instead(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(checkpoint_writer, "available_memory", lambda device: 10)
     writer = CheckpointWriter(tmp_path)

@@ -356,6 +356,30 @@ def test_what_fails_between_two_steps_loses_none_of_them(tmp_path, where):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("where", ["losses", "update"])
+def test_a_step_that_does_not_fit_any_more_loses_none_before_it(tmp_path, monkeypatch, where):
+    """Unless it was about to change the weights."""
+    trainer = tiny_trainer(tmp_path, max_steps=4)
+
+    def fail_at_the_third(function):
+        def call(*arguments, **keywords):
+            if trainer.progress.step == 2:
+                torch.empty(2**55)
+            return function(*arguments, **keywords)
+
+        return call
+
+    if where == "losses":
+        losses = fail_at_the_third(trainer_module.batch_losses)
+        monkeypatch.setattr(trainer_module, "batch_losses", losses)
+    else:
+        trainer.optimizer.step = fail_at_the_third(trainer.optimizer.step)
+    with pytest.raises(OutOfMemory, match="not enough memory for step 3"):
+        trainer.train(Batches(8))
+    found = newest_checkpoint(tmp_path)
+    assert (found and found.step) == (2 if where == "losses" else None)
+
+
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_little_memory_is_told_of_what_is_still_to_come(tmp_path, monkeypatch, caplog, low_memory):
     """A run that goes on has its moments already."""
