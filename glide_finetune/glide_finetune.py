@@ -129,7 +129,8 @@ def run_glide_finetune_epoch(
             are complete, this one included.
         train_upsample: the batches are (tokens, mask, low_res, images).
         upsample_factor: how many times larger than side_x and side_y the upsampler's images are.
-        image_to_upsample: file for the upsampler's grids; without it there are none.
+        image_to_upsample: file for the upsampler's grids; without it there are none. A base model
+            takes no notice of it.
         vlb_weight, max_grad_norm: as the flags of train_glide.py.
 
     Raises:
@@ -172,7 +173,9 @@ def run_glide_finetune_epoch(
     run_folder = Path(checkpoints_dir)
     run_folder.mkdir(parents=True, exist_ok=True)
     step = max((line["step"] for line in read_metrics(run_folder)), default=0)
-    low_res = read_image(image_to_upsample, (side_x, side_y)) if image_to_upsample else None
+    low_res = None
+    if train_upsample and image_to_upsample:
+        low_res = read_image(image_to_upsample, (side_x, side_y))
     draw_samples = None
     if log_frequency and not (train_upsample and low_res is None):
         draw_samples = SampleDrawer(

@@ -39,7 +39,7 @@ def load_model(
     """Make a GLIDE model with float32 weights, ready to train.
 
     Its attribute `variance_is_stale` tells `sample` that the weights were tuned without their
-    variance.
+    variance, `glide_options` tells `save_model` what it was made with.
 
     Args:
         glide_path: weights to load, a .pt file; empty follows `init`.
@@ -75,6 +75,7 @@ def load_model(
     else:
         model = create().to(device)
     model.activation_checkpointing = activation_checkpointing
+    model.glide_options = options
     model.variance_is_stale = bool(glide_path) and variance_is_stale(Path(glide_path).expanduser())
     freeze(model, transformer=freeze_transformer, diffusion=freeze_diffusion)
     diffusion = create_gaussian_diffusion(

@@ -7,14 +7,19 @@ from PIL import Image
 from torch import nn
 
 from glide_finetune import weights
+from glide_finetune.atomic_files import write_json_atomic
 from glide_finetune.data import images
 from glide_finetune.metrics import wandb_setup
+from glide_finetune.model_options import description_path, type_of_model
 
 __all__ = ["pil_image_to_norm_tensor", "pred_to_pil", "save_model", "wandb_setup"]
 
 
 def save_model(glide_model: nn.Module, checkpoints_dir: str, train_idx: int, epoch: int) -> Path:
     """Write the weights to `checkpoints_dir/glide-ft-{epoch}x{train_idx}.pt`; returns that path.
+
+    The options of a model that `load_model` has made go into a JSON beside them, so that it makes
+    one of the same size of them.
 
     Args:
         glide_model: its state_dict is saved in float32.
@@ -25,6 +30,9 @@ def save_model(glide_model: nn.Module, checkpoints_dir: str, train_idx: int, epo
     path = Path(checkpoints_dir) / f"glide-ft-{epoch}x{train_idx}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     weights.write_weights(path, glide_model.state_dict())
+    if options := getattr(glide_model, "glide_options", None):
+        kind = type_of_model(upsample=options["super_res"], inpaint=options["inpaint"])
+        write_json_atomic(description_path(path), {"kind": kind, "model_options": options})
     return path
 
 
@@ -34,5 +42,5 @@ def pred_to_pil(pred: torch.Tensor) -> Image.Image:
 
 
 def pil_image_to_norm_tensor(image: Image.Image) -> torch.Tensor:
-    """An RGB image as float32 (3, height, width) in [-1, 1]."""
+    """An image as float32 (3, height, width) in [-1, 1], transparency on white."""
     return images.to_tensor(image)

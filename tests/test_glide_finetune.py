@@ -294,6 +294,8 @@ def test_save_model_writes_plain_weights_under_the_usual_name(tmp_path):
     path = train_util.save_model(model, str(tmp_path / "new"), 12, 3)
     assert path == tmp_path / "new" / "glide-ft-3x12.pt"
     assert_same_weights(torch.load(path, weights_only=True), model.state_dict())
+    again, _, _ = load_model(str(path))  # of its size, not the released one
+    assert_same_weights(again.state_dict(), model.state_dict())
 
 
 def test_pictures_and_tensors_turn_into_each_other():
@@ -305,6 +307,15 @@ def test_pictures_and_tensors_turn_into_each_other():
     assert row.size == (6, 2)
     assert row.getpixel((0, 0)) == (255, 0, 51)
     assert row.getpixel((5, 1)) == (0, 255, 204)
+
+
+def test_transparency_is_white_in_a_notebook_as_in_training():
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    assert (train_util.pil_image_to_norm_tensor(clear) == 1).all()
+
+
+def test_a_base_model_takes_no_notice_of_an_image_to_upsample(tmp_path):
+    run_epoch(tmp_path, loader(), image_to_upsample="low_res_face.png")
 
 
 def test_wandb_setup_takes_the_old_arguments(tmp_path, monkeypatch):

@@ -296,6 +296,14 @@ def test_heads_that_do_not_divide_the_channels_are_named(options, message):
         small_model(**options)
 
 
+def test_captions_of_another_length_are_told_in_words():
+    """As those of a loader are that was made for the released length."""
+    x = inputs()
+    x["tokens"], x["mask"] = (F.pad(x[name], (0, 112)) for name in ("tokens", "mask"))
+    with pytest.raises(ValueError, match="128 tokens each, but this model reads 16"):
+        small_model()(**x)
+
+
 def test_the_tokenizer_of_a_model_makes_its_tokens():
     model = create_model(**MODEL_OPTIONS)
     tokens, mask = model.tokenizer.padded_tokens_and_mask(model.tokenizer.encode("a corgi"), 16)

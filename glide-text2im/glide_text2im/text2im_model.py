@@ -118,14 +118,20 @@ class Text2ImUNet(UNet):
         `tokens` are integers (batch, text_ctx), `mask` is bool of the same shape and False at
         padding, whose tokens do not matter. Returns `xf_proj` (batch, 4 * model_channels) and
         `xf_out` (batch, xf_width, text_ctx). Raises AssertionError if tokens are None, if mask is
-        None with `xf_padding`, and for other tokens than those of a cached result.
+        None with `xf_padding`, and for other tokens than those of a cached result; ValueError for
+        another number of them than text_ctx.
         """
         # Callers of the released models expect AssertionError; raised so, it outlives python -O.
         if tokens is None:
             raise AssertionError("this model needs tokens")
         if mask is None and self.xf_padding:
             raise AssertionError("this model needs a mask beside the tokens")
-        tokens = tokens.long()
+        tokens, text_ctx = tokens.long(), len(self.positional_embedding)
+        if tokens.shape[1] != text_ctx:
+            raise ValueError(
+                f"captions come with {tokens.shape[1]} tokens each, but this model reads "
+                f"{text_ctx}: make them with its text_ctx"
+            )
         # A result that gradients shall flow through is good for one backward pass only.
         use_cache = self.cache_text_emb and not torch.is_grad_enabled()
         dtype = self.dtype

@@ -207,8 +207,8 @@ def shrink(image: Image.Image, factor: int) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """An RGB image as float32 (3, height, width) in [-1, 1]."""
-    image = image if image.mode == "RGB" else image.convert("RGB")
+    """An image of any mode as float32 (3, height, width) in [-1, 1], as `to_rgb` makes it RGB."""
+    image = to_rgb(image)
     pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")
     pixels /= 127.5
     pixels -= 1.0
