@@ -27,7 +27,8 @@ class WandbRun:
     """A run of `project`, its local files in `folder`/wandb.
 
     run_id: an id that may have been used before, which continues that run. WANDB_MODE is honoured;
-    "disabled" does not even import wandb. Without it and without a login the run is offline.
+    "disabled" does not even import wandb. Without it the run is offline where there is no login, or
+    no way to the server.
     """
 
     def __init__(
@@ -124,12 +125,19 @@ class WandbRun:
         has_login = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
         if not has_login:
             arguments["mode"] = "offline"
-        run = wandb.init(**arguments)
-        if not has_login:
+        why_offline = "" if has_login else "wandb has no login"
+        try:
+            run = wandb.init(**arguments)
+        except wandb.errors.CommError:  # as on a cluster's node
+            if "WANDB_MODE" in os.environ:
+                raise
+            why_offline = "wandb's server cannot be reached"
+            run = wandb.init(**arguments, mode="offline")
+        if why_offline:
             logger.warning(
-                "wandb has no login, so this run is recorded offline; to upload it: wandb sync %s",
-                run.settings.sync_dir,
-            )
+                "%s, so this run is recorded offline; to upload it: wandb sync %s",
+                why_offline, run.settings.sync_dir,
+            )  # fmt: skip
         elif not run.offline:
             logger.info("wandb: %s", run.url)
         return run

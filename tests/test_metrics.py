@@ -153,6 +153,7 @@ def fake_wandb(monkeypatch):
     fake.teardown = lambda: None
     fake.login = lambda prompt, verify: fake.logged_in
     fake.Image = lambda image, caption: (image, caption)
+    fake.errors = types.SimpleNamespace(CommError=type("CommError", (Exception,), {}))
 
     def init(**arguments):
         fake.inits.append(arguments)
@@ -210,6 +211,31 @@ def test_without_a_login_the_run_is_offline_and_says_how_to_sync(tmp_path, fake_
     wandb_log(tmp_path).close()
     assert fake_wandb.inits[0]["mode"] == "offline"
     assert "wandb sync run/wandb/offline-run-1" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["", "online"])
+def test_without_a_way_to_the_server_the_run_is_offline(
+    tmp_path, fake_wandb, monkeypatch, caplog, mode
+):
+    """Unless the user wants it online."""
+    if mode:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    init = fake_wandb.init
+
+    def unless_offline(**arguments):
+        if arguments.get("mode") != "offline":
+            raise fake_wandb.errors.CommError("Failed to get resume status")
+        return init(**arguments)
+
+    fake_wandb.init = unless_offline
+    log = wandb_log(tmp_path)
+    log.log({"loss": 0.5}, 1)
+    log.close()
+    if mode:
+        assert "wandb is off for this run (CommError: Failed to get resume status)" in caplog.text
+    else:
+        assert fake_wandb.run.logged == [(1, {"loss": 0.5})]
+        assert "cannot be reached, so this run is recorded offline" in caplog.text
 
 
 def test_a_mode_that_the_user_chose_is_left_to_wandb(tmp_path, fake_wandb, monkeypatch):
