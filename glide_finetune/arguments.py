@@ -167,8 +167,11 @@ class Parser(argparse.ArgumentParser):
     def _about(self, word: str) -> str:
         if not word.startswith("-"):
             return f"{word!r} belongs to no flag; put quotes around what has spaces"
+        given = word.split("=")[0]
+        short = "-" + given.lstrip("-")
         flags = [text for text in self._option_string_actions if text.startswith("--")]
-        near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+        near = difflib.get_close_matches(given, flags, n=1)
+        near = [short] if short in self._option_string_actions else near
         return f"there is no flag {word}" + (f"; did you mean {near[0]}?" if near else "")
 
 

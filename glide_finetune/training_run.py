@@ -222,6 +222,11 @@ def announce(trainer: Trainer, data: TrainingData) -> None:
         trainer.config.model_type, count / 1e6, trainable / 1e6,
         trainer.config.precision, trainer.device,
     )  # fmt: skip
+    if trainer.config.freeze_diffusion and trainer.provenance["trained_from"] == "scratch":
+        logger.warning(
+            "--freeze_diffusion with --init scratch trains nothing: a UNet that has learned "
+            "nothing puts out zeros and passes no gradient on; start from weights, or leave it out"
+        )
     if advice := trainer.precision.advice:
         logger.info("%s", advice)
     logger.info("data: %s", data.description)

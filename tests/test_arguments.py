@@ -613,6 +613,12 @@ class TestMistakes:
         for part in MISTAKES[words]:
             assert part in error
 
+    @pytest.mark.parametrize(("word", "meant"), [("--lr", "-lr"), ("--batchsize", "--batch_size")])
+    def test_a_flag_that_is_nearly_right_is_told(self, word, meant, capsys):
+        with pytest.raises(SystemExit):
+            parse_config([word, "1"])
+        assert f"there is no flag {word}; did you mean {meant}?" in capsys.readouterr().err
+
     def test_a_command_in_somebody_elses_settings_is_not_run_unless_typed(self, tmp_path, capsys):
         settings = tmp_path / "args.json"
         settings.write_text('{"data_dir": "pipe:cat 0.tar", "use_webdataset": true}')

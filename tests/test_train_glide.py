@@ -379,6 +379,11 @@ class TestResuming:
         assert main(["--resume_ckpt", str(run)]) == 0
         assert "nothing left to train" in caplog.text
 
+    def test_a_frozen_unet_that_has_learned_nothing_is_told(self, place, caplog):
+        words = ["--freeze_diffusion", "--max_steps", "1", "--log_frequency", "0"]
+        assert main([*SMALL_MODEL, *words, "--checkpoints_dir", "frozen"]) == 0
+        assert "--freeze_diffusion with --init scratch trains nothing" in caplog.text
+
     def test_a_refused_resume_leaves_the_run_as_it_was(self, place, whole, capsys):
         run = as_if_killed(whole, place / "refused" / "0000", 7)
         (run / ".lock").unlink()

@@ -131,6 +131,11 @@ class DataAccount:
         self._left_out.clear()
         self._captions_cut = 0
 
+    @property
+    def example(self) -> str:
+        """The first sample that could not be read, and why; "" if there is none."""
+        return f"{self._example.name}: {self._example.reason}" if self._example else ""
+
     def describe(self) -> str:
         """What this epoch has left out so far, as in "30 too small, 2 unreadable images"."""
         return describe_counts(self._left_out)
@@ -141,7 +146,7 @@ class DataAccount:
             raise ValueError(
                 f"{self._unreadable} of the first {self._samples} samples cannot be read "
                 f"({describe_counts(+Counter(unreadable))}), "
-                f"such as {self._example.name}: {self._example.reason}; "
+                f"such as {self.example}; "
                 "mend or remove them (--dry_run lists what is wrong)"
             )
 

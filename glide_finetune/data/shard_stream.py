@@ -316,4 +316,8 @@ def nothing_left(account: DataAccount) -> str:
     left_out = account.describe()
     if not left_out:
         return "the shards hold no samples"
-    return f"no sample of the shards can be used: {left_out}; loosen the filters or mend the data"
+    advice = "loosen the filters"
+    if account.example:
+        left_out += f", such as {account.example}"
+        advice += ", mend the data, or give the suffix of its images as --wds_image_key"
+    return f"no sample of the shards can be used: {left_out}; {advice}"
