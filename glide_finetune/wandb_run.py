@@ -132,6 +132,8 @@ class WandbRun:
             if "WANDB_MODE" in os.environ:
                 raise
             why_offline = "wandb's server cannot be reached"
+            wandb.teardown()  # of what holds the run's id
+            wandb.setup(settings=wandb.Settings(silent=True))
             run = wandb.init(**arguments, mode="offline")
         if why_offline:
             logger.warning(
