@@ -107,9 +107,13 @@ class WandbRun:
 
     def _work(self, wandb: Any) -> None:
         try:
+            # Not before the first figures, when the data workers are there: one that is forked
+            # while wandb starts a process keeps the pipe open at whose end wandb waits for ever.
+            call = self._calls.get()
             run = self._start(wandb)
-            while (call := self._calls.get()) is not None:
+            while call is not None:
                 call(run)
+                call = self._calls.get()
             run.finish()
         except Exception as error:
             warn_of_failure(error)

@@ -186,6 +186,16 @@ def test_wandb_gets_metrics_images_and_config(tmp_path, fake_wandb):
     assert fake_wandb.run.finished
 
 
+def test_wandb_starts_its_process_only_when_the_data_workers_are_forked(tmp_path, fake_wandb):
+    """Which they are once there is a first step to log."""
+    log = wandb_log(tmp_path)
+    time.sleep(0.3)
+    assert fake_wandb.inits == []
+    log.log({"loss": 0.5}, 1)
+    log.close()
+    assert len(fake_wandb.inits) == 1
+
+
 def test_a_resumed_run_goes_on_in_the_same_wandb_run_and_never_backwards(tmp_path, fake_wandb):
     wandb_log(tmp_path).close()
     fake_wandb.run = FakeRun(step=7)  # wandb had received steps up to 7
