@@ -53,7 +53,28 @@ class Outcome:
         return 128 + self.stopped_by if self.stopped_by else 0
 
 
-def run(config: TrainConfig, make_job: "MakeJob | None" = None) -> Outcome:
+@dataclass(frozen=True)
+class Job:
+    """What a run trains, and on what.
+
+    trainer: as it is before a checkpoint is restored.
+    data: what it trains on.
+    origin: what it goes on from; without the training state where that cannot be used.
+    low_res: as in `TrainingData`, for the samples of an upsampler.
+    at_end: called with the run's folder when its last checkpoint is written.
+    """
+
+    trainer: Trainer
+    data: TrainingData
+    origin: Origin
+    low_res: torch.Tensor | None = None
+    at_end: Callable[[Path], None] | None = None
+
+
+MakeJob = Callable[[TrainConfig, Origin, torch.device], Job]
+
+
+def run(config: TrainConfig, make_job: MakeJob | None = None) -> Outcome:
     """Train as `config` says.
 
     Args:
@@ -74,7 +95,7 @@ def run(config: TrainConfig, make_job: "MakeJob | None" = None) -> Outcome:
 
 
 def _run(
-    config: TrainConfig, origin: Origin, make_job: "MakeJob", stack: contextlib.ExitStack
+    config: TrainConfig, origin: Origin, make_job: MakeJob, stack: contextlib.ExitStack
 ) -> Outcome:
     """Train as `config` says; `stack` holds the lock of the run for as long as that takes."""
     device = pick_device(config.device)
@@ -130,7 +151,7 @@ def _lines_above_bars() -> contextlib.AbstractContextManager:
     return logging_redirect_tqdm()
 
 
-def glide_job(config: TrainConfig, origin: Origin, device: torch.device) -> "Job":
+def glide_job(config: TrainConfig, origin: Origin, device: torch.device) -> Job:
     """The training of a GLIDE network."""
     if config.compile:
         check_compiler(device)
@@ -179,27 +200,6 @@ def go_on(trainer: Trainer, origin: Origin) -> None:
             f"step {trainer.progress.step} already: give a higher one, or --weights_only, which "
             "counts from 0"
         )
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a run trains, and on what.
-
-    trainer: as it is before a checkpoint is restored.
-    data: what it trains on.
-    origin: what it goes on from; without the training state where that cannot be used.
-    low_res: as in `TrainingData`, for the samples of an upsampler.
-    at_end: called with the run's folder when its last checkpoint is written.
-    """
-
-    trainer: Trainer
-    data: TrainingData
-    origin: Origin
-    low_res: torch.Tensor | None = None
-    at_end: Callable[[Path], None] | None = None
-
-
-MakeJob = Callable[[TrainConfig, Origin, torch.device], Job]
 
 
 def image_to_upsample(config: TrainConfig, data: TrainingData) -> torch.Tensor | None:

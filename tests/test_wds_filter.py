@@ -5,10 +5,10 @@ import json
 import pytest
 
 from glide_finetune.data.bad_samples import BadSample
+from glide_finetune.data.metadata import parse_metadata
 from glide_finetune.data.wds_filter import (
     PUNSAFE_LIMIT,
     LaionFilter,
-    parse_metadata,
     reject_other_languages,
     word_pattern,
 )

@@ -12,8 +12,8 @@ from typing import BinaryIO, NamedTuple
 
 from glide_finetune.data.bad_samples import BadSample
 from glide_finetune.data.captions import decode_caption
+from glide_finetune.data.metadata import parse_metadata
 from glide_finetune.data.regular_files import open_regular
-from glide_finetune.data.wds_filter import parse_metadata
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 CAPTION_FIELDS = ("text", "caption")  # the first that is not blank counts

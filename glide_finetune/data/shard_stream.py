@@ -12,11 +12,12 @@ from webdataset.utils import pytorch_worker_info
 
 from glide_finetune.data.bad_samples import BadSample, DataAccount, Tally
 from glide_finetune.data.captions import decode_caption
+from glide_finetune.data.metadata import parse_metadata
 from glide_finetune.data.sample_recipe import SampleRecipe
 from glide_finetune.data.shards import shard_names
 from glide_finetune.data.shared_integer import SharedInteger
 from glide_finetune.data.tar_samples import DamagedShard, TarSample, shard_samples
-from glide_finetune.data.wds_filter import parse_metadata, word_pattern
+from glide_finetune.data.wds_filter import word_pattern
 from glide_finetune.data.workers import place_among_workers
 from glide_finetune.seeds import derived_random
 

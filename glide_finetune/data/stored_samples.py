@@ -11,8 +11,8 @@ from glide_finetune.data import fingerprint
 from glide_finetune.data.bad_samples import KINDS, BadSample, Tally
 from glide_finetune.data.folder_index import index_folder
 from glide_finetune.data.image_files import ImageSource
+from glide_finetune.data.metadata import parse_metadata
 from glide_finetune.data.shard_stream import RawSample, ShardStream
-from glide_finetune.data.wds_filter import parse_metadata
 from glide_finetune.wds_loader import glide_wds_loader
 
 

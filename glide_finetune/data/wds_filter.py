@@ -1,26 +1,12 @@
 """Which samples of WebDataset shards are trained on, by their caption and metadata."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from glide_finetune.data.bad_samples import BadSample
-
 # Spellings of English in Alamy's language code.
 ENGLISH = ("en", "eng", "english")
-
-
-def parse_metadata(data: bytes) -> dict:
-    """The JSON object of a sample. Raises BadSample for anything else."""
-    try:
-        metadata = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSample("the metadata is not JSON", "metadata") from error
-    if not isinstance(metadata, dict):
-        raise BadSample("the metadata is no JSON object", "metadata")
-    return metadata
 
 
 # What one thing is called in the metadata of LAION-400M, LAION-2B and img2dataset, which also takes
