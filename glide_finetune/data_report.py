@@ -17,10 +17,10 @@ from glide_finetune.atomic_files import atomic_file
 from glide_finetune.config import TrainConfig
 from glide_finetune.data.bad_samples import KINDS, TRIAL_SAMPLES
 from glide_finetune.data.captions import Tokenizer, default_tokenizer
+from glide_finetune.data.folder_dataset import TextImageDataset
 from glide_finetune.data.folder_index import FolderIndex
 from glide_finetune.data.survey import MOST_NAMES, Some, Survey, survey
 from glide_finetune.data.validation_split import split_validation
-from glide_finetune.loader import TextImageDataset
 from glide_finetune.samples import labelled_grid
 from glide_finetune.training_data import Split, make_dataset, make_training_data
 

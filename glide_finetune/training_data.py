@@ -11,9 +11,9 @@ from glide_finetune.config import TrainConfig
 from glide_finetune.data import fingerprint
 from glide_finetune.data.captions import Tokenizer
 from glide_finetune.data.dataloading import FolderBatches, ShardBatches, make_dataloader
+from glide_finetune.data.folder_dataset import TextImageDataset
 from glide_finetune.data.shard_stream import ShardStream
 from glide_finetune.data.validation_split import hold_back, split_validation
-from glide_finetune.loader import TextImageDataset
 from glide_finetune.text_settings import read_skip_words
 from glide_finetune.wds_loader import glide_wds_loader
 

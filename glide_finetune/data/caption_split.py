@@ -1,7 +1,7 @@
 """A split into training and validation that no caption crosses."""
 
 from glide_finetune.data.bad_samples import BadSample
-from glide_finetune.loader import TextImageDataset
+from glide_finetune.data.folder_dataset import TextImageDataset
 from glide_finetune.seeds import derived_seed
 
 

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from glide_finetune.data.bad_samples import BadSample, Tally
+from glide_finetune.data.folder_dataset import TextImageDataset
 from glide_finetune.data.shard_stream import RawSample, ShardStream, nothing_left
 from glide_finetune.data.shared_integer import SharedInteger
 from glide_finetune.data.workers import (
@@ -24,7 +25,6 @@ from glide_finetune.data.workers import (
     to_send,
     worker_loader,
 )
-from glide_finetune.loader import TextImageDataset
 from glide_finetune.seeds import derived_seed
 
 

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from glide_finetune.data.bad_samples import BadSample, Tally
 from glide_finetune.data.captions import default_tokenizer
+from glide_finetune.data.folder_dataset import TextImageDataset
 from glide_finetune.data.image_files import ImageSource, upright_size
 from glide_finetune.data.sample_recipe import SampleRecipe
 from glide_finetune.data.shard_stream import ShardStream
 from glide_finetune.data.workers import place_among_workers, received_from, worker_loader
-from glide_finetune.loader import TextImageDataset
 
 MOST_SAMPLES = 100_000  # looked at; of a larger folder evenly spread, of shards the first
 MOST_NAMES = 3  # kept as examples of each thing

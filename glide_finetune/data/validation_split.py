@@ -1,6 +1,6 @@
 """The split of a local dataset into a part to train on and one to hold back."""
 
-from glide_finetune.loader import TextImageDataset
+from glide_finetune.data.folder_dataset import TextImageDataset
 from glide_finetune.seeds import derived_seed
 
 
