@@ -155,7 +155,8 @@ class Parser(argparse.ArgumentParser):
         try:
             yield
         except OSError as error:  # a folder that may not be looked into, say
-            self._leave(f"cannot read {error.filename}: {error.strerror}")
+            named = f"cannot read {error.filename}: {error.strerror}"
+            self._leave(named if error.filename else str(error))
         except ValueError as error:
             self._leave(str(error))
         except RuntimeError as error:  # of Path.expanduser

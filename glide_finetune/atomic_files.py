@@ -47,10 +47,8 @@ def write_new(paths: Iterable[Path], data: bytes) -> Path:
             except FileExistsError:
                 continue
             except OSError:  # there are no hard links
-                with contextlib.suppress(FileExistsError), open(path, "xb") as file:
-                    file.write(data)
-                    return path
-                continue
+                if not _wrote_in_place(path, data):
+                    continue
             return path
         except OSError as error:
             name_file(error, path)
@@ -58,6 +56,19 @@ def write_new(paths: Iterable[Path], data: bytes) -> Path:
         finally:
             temporary.unlink(missing_ok=True)
     raise FileExistsError("none of the names is free")
+
+
+def _wrote_in_place(path: Path, data: bytes) -> bool:
+    """Whether `path` was free; if so, it has the data."""
+    try:
+        with open(path, "xb") as file:
+            file.write(data)
+    except FileExistsError:
+        return False
+    except BaseException:  # a full disk, Ctrl-C
+        path.unlink()
+        raise
+    return True
 
 
 def name_file(error: BaseException, path: Path) -> None:
