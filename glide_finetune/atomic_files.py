@@ -89,6 +89,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def existing_part(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there, from the root."""
+    folder = folder.expanduser().absolute()
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
+
+
 def remove_temporary(folder: Path) -> list[Path]:
     """Delete what killed writers left in `folder`; call it while nobody writes there."""
     leftovers = sorted(folder.glob(f"*{TEMPORARY_SUFFIX}"))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from glide_finetune.atomic_files import existing_part
 from glide_finetune.config import ConfigError, TrainConfig
 from glide_finetune.data.folder_index import check_folder
 from glide_finetune.data.shards import expand_shards, is_named_as_shard
@@ -308,8 +309,7 @@ def _holds_shards(path: str) -> bool:
 
 def check_writable(name: str, path: str) -> None:
     """ConfigError, naming the flag, unless the folder can be written to or made."""
-    folder = Path(path).expanduser().absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    existing = existing_part(Path(path))
     if not existing.is_dir():
         raise ConfigError(f"--{name}: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from glide_finetune.atomic_files import existing_part
 from glide_finetune.checkpoint_writer import MOST_OF_MEMORY
 from glide_finetune.config import TrainConfig
 from glide_finetune.devices import pick_device
@@ -153,9 +154,8 @@ def _print_checkpoints(
     parts = ", ".join(f"{name} {gigabytes(count)}" for name, count in files.items())
     _print("a checkpoint", gigabytes(size), remark=parts)
 
-    folder = Path(config.checkpoints_dir).expanduser().absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    folder = Path(config.checkpoints_dir).expanduser()
+    free = shutil.disk_usage(existing_part(folder)).free
     count, words = kept_checkpoints(config, total, made)
     needed = count * size
     remark = f"{words}; {gigabytes(free)} are free in {folder}"

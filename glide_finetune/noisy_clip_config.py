@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from glide_finetune.arguments import Parser, add_flags, merge, refuse_commands, saved_settings
@@ -26,6 +25,7 @@ from glide_finetune.config import (
     TRAINING,
     ConfigError,
     TrainConfig,
+    absolute,
     as_started,
     complete,
     flag,
@@ -235,7 +235,7 @@ def completed(config: ClipConfig) -> ClipConfig:
     """
     check_choices(config)
     side = config.options["image_size"]
-    clip = [p if p == RELEASED else str(Path(p).expanduser().absolute()) for p in config.clip]
+    clip = [path if path == RELEASED else absolute(path) for path in config.clip]
     return dataclasses.replace(complete(config), side_x=side, side_y=side, clip=clip)
 
 
