@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -63,7 +64,7 @@ def _with_defaults(typed: dict[str, Any]) -> dict[str, Any]:
         typed.get("resume_ckpt", ""), settings.get("checkpoints_dir", TrainConfig.checkpoints_dir)
     )
     if start.run_dir:
-        return merge(defaults, saved_settings("resume_ckpt", start.run_dir), typed)
+        return merge(defaults, *of_run(start.run_dir, typed))
     if start.weights and "model_preset" not in typed:
         kind, options = described_model(start.weights)
         if kind in MODEL_TYPES:  # else there are options of something that is no GLIDE
@@ -90,6 +91,19 @@ def saved_settings(
         raise ConfigError(f"--{flag}: {error}") from None
     check_saved(flag, path, saved, fields)
     return {name: value for name, value in saved.items() if not fields[name].metadata["once"]}
+
+
+def of_run(
+    run_dir: Path, typed: Mapping[str, Any], fields: Mapping[str, dataclasses.Field] = FIELDS
+) -> list[Mapping[str, Any]]:
+    """Layers for `merge`: the settings of a run to go on in, and what is typed.
+
+    They name the run by its folder, as "auto" may mean another one later, and the folder of runs
+    by where it lies now, since it may have been moved. ConfigError as of `saved_settings`.
+    """
+    now = {"checkpoints_dir": os.path.dirname(os.path.abspath(run_dir))}
+    saved = saved_settings("resume_ckpt", run_dir, fields)
+    return [saved, now, typed, {"resume_ckpt": str(run_dir)}]
 
 
 def refuse_commands(saved: Mapping[str, Any], typed: Mapping[str, Any]) -> None:

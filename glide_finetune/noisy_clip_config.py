@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from glide_finetune.arguments import Parser, add_flags, merge, refuse_commands, saved_settings
+from glide_finetune.arguments import (
+    Parser,
+    add_flags,
+    merge,
+    of_run,
+    refuse_commands,
+    saved_settings,
+)
 from glide_finetune.clip_options import (
     CLIP_PRESETS,
     FIRST_LOGIT_SCALE,
@@ -195,7 +202,7 @@ def _with_defaults(typed: dict[str, Any]) -> dict[str, Any]:
                 f"--resume_ckpt: the run {start.run_dir} trains no CLIP: go on with it by "
                 f"{TrainConfig().command}"
             )
-        return merge(defaults, saved_settings("resume_ckpt", start.run_dir, SETTINGS), typed)
+        return merge(defaults, *of_run(start.run_dir, typed, SETTINGS))
     if start.weights and "model_preset" not in typed:
         kind, options = described_model(start.weights)
         if kind == CLIP_KIND:  # else `check` tells what it is

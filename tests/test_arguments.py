@@ -633,6 +633,14 @@ class TestMistakes:
         (tmp_path / "file").write_text("")
         assert parse_config(["--resume_ckpt", str(run)]).resume_ckpt == str(run)
 
+    def test_the_newest_run_is_looked_for_once_and_where_it_lies_now(self, tmp_path):
+        saved_run(tmp_path / "glide_checkpoints" / "0000", checkpoints_dir=str(tmp_path / "before"))
+        saved_run(tmp_path / "before" / "0001")
+        config = parse_config(["--resume_ckpt", "auto"])
+        saved_run(tmp_path / "glide_checkpoints" / "0001")
+        assert config.resume_ckpt == "glide_checkpoints/0000"
+        assert config.checkpoints_dir == str(tmp_path / "glide_checkpoints")
+
     def test_a_launcher_of_several_processes_is_refused(self, monkeypatch, capsys):
         for processes in ("", "1"):
             monkeypatch.setenv("WORLD_SIZE", processes)
