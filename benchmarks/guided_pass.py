@@ -17,12 +17,13 @@ from training_step import fill_zeros, random_batch
 
 from glide_finetune.config import TrainConfig
 from glide_finetune.devices import pick_device
+from glide_finetune.evaluation import evaluation_mode
 from glide_finetune.fp16_util import Precision
 from glide_finetune.glide_util import load_model
 from glide_finetune.guidance import guided
 from glide_finetune.model_options import MODEL_PRESETS
 from glide_finetune.programs import keep_freed_memory
-from glide_finetune.sampling import sampling_mode, text_cached
+from glide_finetune.sampling import text_cached
 
 WAYS = {
     "naive": {"naive": True},
@@ -71,7 +72,7 @@ def measure(
     }
     timesteps = torch.full((batch_size,), 500, device=device)
     network = guided(model, GUIDANCE_SCALE)
-    with sampling_mode(model), text_cached(model), Precision(precision, device).autocast():
+    with evaluation_mode(model), text_cached(model), Precision(precision, device).autocast():
         return repeated(lambda: network(images, timesteps, **conditions), passes, device)
 
 

@@ -16,10 +16,10 @@ from glide_finetune.clip_weights import make_clip, write_encoders
 from glide_finetune.contrastive import MOST_LOGIT_SCALE, ContrastiveLosses, contrastive_losses
 from glide_finetune.data.caption_split import split_by_caption
 from glide_finetune.data_report import report_data
+from glide_finetune.evaluation import evaluation_mode
 from glide_finetune.noisy_clip_config import ClipConfig
 from glide_finetune.optimization import make_optimizer
 from glide_finetune.origin import Origin
-from glide_finetune.sampling import sampling_mode
 from glide_finetune.trainer import Trainer
 from glide_finetune.training_data import make_training_data
 from glide_finetune.training_run import Job
@@ -141,7 +141,7 @@ class RetrievalValidator:
         pairs = len(self._noise)
         # timesteps count from 0, so that this is the same noise whatever n_timesteps is
         timestep = LOW_NOISE_TIMESTEP * trainer.diffusion.num_timesteps // 1000
-        with sampling_mode(trainer.model), trainer.precision.autocast():
+        with evaluation_mode(trainer.model), trainer.precision.autocast():
             losses, _ = clip_losses(
                 trainer.model, trainer.diffusion, self._batch, trainer.device,
                 timesteps=torch.full((pairs,), timestep), noise=self._noise,

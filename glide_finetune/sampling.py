@@ -11,34 +11,18 @@ from torch import nn
 
 from glide_finetune.data.captions import caption_tensors
 from glide_finetune.data.images import read_image
+from glide_finetune.evaluation import evaluation_mode
 from glide_finetune.guidance import dynamic_threshold, guided, with_posterior_variance
 from glide_finetune.repainting import KnownPixels, read_known_pixels
 from glide_finetune.samplers import SAMPLERS, NoisePerImage, pick_sampler
 from glide_text2im.diffusion_process import CondFn, DenoisedFn
 from glide_text2im.model_creation import create_gaussian_diffusion
-from glide_text2im.nn import weights_cast_once
 
 logger = logging.getLogger(__name__)
 
 STALE_VARIANCE = "ddpm takes the posterior's variance, since the model's own is untrained"
 
 PICTURES_A_PASS = 16  # drawn at once, so that memory does not depend on how many there are
-
-
-@contextlib.contextmanager
-def sampling_mode(model: nn.Module) -> Iterator[None]:
-    """While open, `model` is in evaluation mode without gradients; then every module as it was.
-
-    Its weights must not change meanwhile.
-    """
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), weights_cast_once():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 @contextlib.contextmanager
@@ -172,7 +156,7 @@ def sample(
     shape = (count, 3, side_y, side_x)
     noise = torch.randn(shape, device=device) if seeds is None else None
     pictures = []
-    with sampling_mode(glide_model):
+    with evaluation_mode(glide_model):
         for first in range(0, count, pictures_a_pass):
             part = slice(first, first + pictures_a_pass)
             keywords: dict[str, Any] = {}

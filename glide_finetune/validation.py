@@ -8,8 +8,8 @@ import torch
 
 from glide_finetune.batch_losses import LossMeter, batch_losses
 from glide_finetune.config import TrainConfig
+from glide_finetune.evaluation import evaluation_mode
 from glide_finetune.inpaint_masks import random_mask
-from glide_finetune.sampling import sampling_mode
 from glide_finetune.seeds import derived_random
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Validator:
     def _losses(self, trainer: "Trainer", name: str) -> dict[str, float]:
         meter = LossMeter(trainer.diffusion.num_timesteps)
         generator = torch.Generator().manual_seed(self.config.seed)
-        with sampling_mode(trainer.model), trainer.precision.autocast():
+        with evaluation_mode(trainer.model), trainer.precision.autocast():
             for batch, timesteps, mask in zip(
                 self._batches, self._timesteps, self._masks, strict=True
             ):

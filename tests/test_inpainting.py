@@ -11,6 +11,7 @@ from PIL import Image
 from glide_finetune.batch_losses import batch_losses
 from glide_finetune.config import TrainConfig
 from glide_finetune.data import images
+from glide_finetune.evaluation import evaluation_mode
 from glide_finetune.glide_finetune import (
     base_train_step,
     run_glide_finetune_epoch,
@@ -19,7 +20,6 @@ from glide_finetune.glide_finetune import (
 from glide_finetune.glide_util import load_model
 from glide_finetune.optimization import make_optimizer
 from glide_finetune.samples import SampleDrawer
-from glide_finetune.sampling import sampling_mode
 from glide_finetune.validation import Validator
 from glide_finetune.weights import write_weights
 from glide_text2im.model_creation import create_gaussian_diffusion
@@ -225,7 +225,7 @@ def test_a_widened_model_computes_what_its_origin_does_whatever_is_known(tmp_pat
     conditions = {"tokens": tokens, "mask": mask} | ({"low_res": low_res[0]} if low_res else {})
     timesteps = torch.tensor([0, 500, 999])
     known = torch.rand(3, 1, SIDE, SIDE, generator=generator).round()
-    with sampling_mode(origin), sampling_mode(model):
+    with evaluation_mode(origin), evaluation_mode(model):
         want = origin(x, timesteps, **conditions)
         for inpaint in ({}, {"inpaint_image": images, "inpaint_mask": known}):
             got = model(x, timesteps, **conditions, **inpaint)
@@ -312,7 +312,7 @@ def error_in_the_hole(model, options):
     if options["inpaint"]:
         conditions |= {"inpaint_image": pictures, "inpaint_mask": known}
     generator = torch.Generator().manual_seed(0)
-    with sampling_mode(model):
+    with evaluation_mode(model):
         drawn = create_gaussian_diffusion(1000, options["noise_schedule"], "10").ddim_sample_loop(
             model,
             pictures.shape,

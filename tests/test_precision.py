@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from glide_finetune.evaluation import evaluation_mode
 from glide_finetune.fp16_util import AUTOCAST_DTYPES, Precision
-from glide_finetune.sampling import sample, sampling_mode
+from glide_finetune.sampling import sample
 from glide_text2im import nn
 from tiny_training import (
     SIDE,
@@ -140,7 +141,7 @@ def test_sampling_casts_each_weight_once_however_many_passes_it_makes(monkeypatc
     model, _, _ = tiny_model()
     tokens, mask, images = tiny_batch(2)
     passes, counts = [], []
-    with sampling_mode(model), torch.autocast("cpu", torch.bfloat16):
+    with evaluation_mode(model), torch.autocast("cpu", torch.bfloat16):
         for _ in range(2):
             with CastsOfWeights(model) as casts:
                 passes.append(model(images, torch.tensor([3, 900]), tokens=tokens, mask=mask))
@@ -155,7 +156,7 @@ def test_weights_changed_between_two_samplings_count():
     tokens, mask, images = tiny_batch(2)
     passes = []
     for _ in range(2):
-        with sampling_mode(model), torch.autocast("cpu", torch.bfloat16):
+        with evaluation_mode(model), torch.autocast("cpu", torch.bfloat16):
             passes.append(model(images, torch.tensor([3, 900]), tokens=tokens, mask=mask))
         with torch.no_grad():
             for parameter in model.parameters():
