@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from glide_finetune.config import ConfigError
 from glide_finetune.noisy_clip_config import ClipConfig, check, completed, parse_config
 from glide_finetune.programs import run_program
 
@@ -30,6 +31,8 @@ def finetune(config: ClipConfig) -> "Outcome":
     """
     config = completed(config)
     check(config)
+    if config.dry_run:
+        raise ConfigError("dry_run is for the command line; report_clip_data tells of the data")
     return _finetune(config)
 
 

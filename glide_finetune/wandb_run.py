@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import queue
+import textwrap
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ INIT_SECONDS = 60  # to reach the server
 FINISH_SECONDS = 60  # to upload the rest at the end; it stays on disk for `wandb sync` anyway
 SILENT_SECONDS = 3  # of those that are not told
 QUEUE_LIMIT = 10_000
+MOST_OF_A_REASON = 200  # letters
 
 
 class WandbRun:
@@ -151,7 +153,7 @@ class WandbRun:
 
 def warn_of_failure(error: Exception) -> None:
     """Say in one line that wandb is not used any more."""
-    reason = (str(error).splitlines() or [""])[0]
+    reason = textwrap.shorten(str(error), MOST_OF_A_REASON, placeholder=" …")
     logger.warning("wandb is off for this run (%s: %s)", type(error).__name__, reason)
 
 

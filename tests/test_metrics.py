@@ -270,7 +270,7 @@ def test_an_error_in_wandb_gives_one_warning_and_the_run_goes_on(
         log.log_images("samples", ["grid.png"], ["a"], step)
     log.close()
     assert [r.getMessage() for r in caplog.records] == [
-        "wandb is off for this run (RuntimeError: no network)"
+        "wandb is off for this run (RuntimeError: no network second line)"
     ]
     assert len(read_metrics(tmp_path)) == 5
 
@@ -295,7 +295,7 @@ def test_an_error_in_a_run_that_was_given_gives_one_warning_too(tmp_path, caplog
         log.log_images("samples", ["grid.png"], ["a"], step)
     log.close()
     assert [r.getMessage() for r in caplog.records] == [
-        "wandb is off for this run (RuntimeError: no network)"
+        "wandb is off for this run (RuntimeError: no network second line)"
     ]
     assert len(read_metrics(tmp_path)) == 2
     assert not given.finished

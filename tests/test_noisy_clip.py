@@ -493,6 +493,13 @@ def test_settings_that_only_glide_has_are_refused_from_a_notebook(settings):
         finetune(config)
 
 
+def test_a_dry_run_from_a_notebook_trains_nothing():
+    write_pictures(["a cat", "a dog"])
+    with pytest.raises(ConfigError, match="dry_run is for the command line"):
+        finetune(ClipConfig(data_dir="data", init="scratch", dry_run=True))
+    assert not Path("clip_checkpoints").exists()
+
+
 def test_weights_that_do_not_fit_are_told_in_one_line(clip_run, capsys):
     weights = str(next(clip_run.glob("glide-ft-*x2.pt")))
     assert main([*SMALL, "--resume_ckpt", weights, "--model_options", "n_embd=24"]) == 1
