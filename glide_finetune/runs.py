@@ -3,23 +3,15 @@
 A run lives in `checkpoints_dir/0000`, `0001`, …; its settings are in `args.json`. Needs no torch.
 """
 
-import contextlib
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 from glide_finetune.atomic_files import read_json, write_json_atomic
 
 ARGS_NAME = "args.json"
-LOCK_NAME = ".lock"
 _RUN_NAME = re.compile(r"[0-9]{4,}")
 
 
@@ -55,33 +47,6 @@ def create_run(checkpoints_dir: str | Path) -> Path:
             f"no run folder can be made in {folder} ({error.strerror}): "
             "give a folder that can be written as --checkpoints_dir"
         ) from None
-
-
-@contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """While open, no other process can do the same with this run.
-
-    The lock ends with the process, however it ends; data workers do not inherit it. ValueError if
-    another process has it. File systems without locks are used without.
-    """
-    if fcntl is None:
-        yield
-        return
-    with open(run_dir / LOCK_NAME, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise ValueError(
-                f"{run_dir} is in use by process {file.read().strip() or '?'}, which trains in it: "
-                "wait until that has ended or stop it, or start a new run without --resume_ckpt"
-            ) from None
-        except OSError:
-            pass
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
-        yield
 
 
 def newest_run(checkpoints_dir: str | Path) -> Path | None:

@@ -17,6 +17,7 @@ from glide_finetune.atomic_files import remove_temporary
 from glide_finetune.config import DATA, TRAINING, TrainConfig, recorded
 from glide_finetune.data.images import read_image
 from glide_finetune.devices import check_compiler, pick_device
+from glide_finetune.folder_lock import locked
 from glide_finetune.fp16_util import keep_in_bf16
 from glide_finetune.glide_util import load_model
 from glide_finetune.memory import (
@@ -28,7 +29,7 @@ from glide_finetune.metrics import MetricsLog
 from glide_finetune.optimization import make_optimizer
 from glide_finetune.origin import Origin, find_origin, widened
 from glide_finetune.programs import LineHandler
-from glide_finetune.runs import create_run, interpret_resume, locked, write_args
+from glide_finetune.runs import create_run, interpret_resume, write_args
 from glide_finetune.samples import SampleDrawer
 from glide_finetune.stopping import stopping_on_signals
 from glide_finetune.trainer import Trainer
@@ -38,6 +39,7 @@ from glide_finetune.validation import Validator
 logger = logging.getLogger(__name__)
 
 SAMPLES_NAME = "samples"
+INSTEAD = "start a new run without --resume_ckpt"  # of a run that is trained already
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def run(config: TrainConfig, make_job: MakeJob | None = None) -> Outcome:
     with contextlib.ExitStack() as stack:
         start = interpret_resume(config.resume_ckpt, config.checkpoints_dir)
         if start.run_dir:  # before its checkpoints are looked for, which change while it is trained
-            stack.enter_context(locked(start.run_dir))
+            stack.enter_context(locked(start.run_dir, INSTEAD))
         return _run(config, find_origin(config, start), make_job or glide_job, stack)
 
 
@@ -116,7 +118,7 @@ def _run(
     # from here on something is written
     trainer.run_folder = run_folder = origin.run_dir or create_run(config.checkpoints_dir)
     if not origin.run_dir:
-        stack.enter_context(locked(run_folder))
+        stack.enter_context(locked(run_folder, INSTEAD))
     for folder in (run_folder, run_folder / SAMPLES_NAME):
         remove_temporary(folder)
     write_args(run_folder, settings)

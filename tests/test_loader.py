@@ -674,3 +674,47 @@ print(len(list(loader)))
         [sys.executable, "-c", script], check=True, timeout=100, capture_output=True, text=True
     )
     assert (done.stdout, done.stderr) == ("8\n", "")
+
+
+@pytest.mark.slow
+def test_a_process_whose_failed_loader_is_a_cycle_of_references_ends_all_the_same(tmp_path):
+    write_images(tmp_path, 8)
+    script = f"""
+import gc
+from glide_finetune.data.dataloading import make_dataloader
+from glide_finetune.loader import TextImageDataset
+batches = iter(make_dataloader(TextImageDataset({str(tmp_path)!r}, 8, 8), 1, seed=0, num_workers=1,
+                               device="cpu"))
+next(batches)
+cycle = [batches]
+cycle.append(cycle)
+del batches, cycle
+gc.collect()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
+
+
+@pytest.mark.parametrize("limit", ["soft", "hard"])
+def test_more_batches_than_open_files_are_allowed_can_be_kept(tmp_path, limit):
+    """As gradient accumulation does; where the system does not allow more, that is told."""
+    write_images(tmp_path, 40)
+    script = f"""
+import resource
+from glide_finetune.data.dataloading import make_dataloader
+from glide_finetune.loader import TextImageDataset
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, hard if {limit!r} == "soft" else 60))
+loader = make_dataloader(TextImageDataset({str(tmp_path)!r}, 8, 8), 1, seed=0, num_workers=1,
+                         device="cpu")
+try:
+    print(len(list(loader)))
+except OSError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, timeout=100, capture_output=True, text=True
+    )
+    if limit == "soft":
+        assert done.stdout == "40\n"
+    else:
+        assert "raise the limit (ulimit -n), or lower --gradient_accumulation" in done.stdout

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from glide_finetune.arguments import parse_config
+from glide_finetune.folder_lock import LOCK_NAME
 from glide_finetune.prepare import main
 from glide_finetune.wds_loader import glide_wds_loader
 from stub_tokenizer import StubTokenizer, caption_of
@@ -83,7 +84,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != LOCK_NAME
     }
 
 
@@ -326,6 +327,50 @@ def test_what_is_killed_is_made_whole_by_the_next_start(tmp_path):
         process.wait()
     subprocess.run([*command, out], check=True)
     assert content(out) == content(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_no_workers(tmp_path):
+    """Not those either that are about to send more than a pipe holds."""
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    (tmp_path / "in").mkdir()
+    for i in range(400):
+        (tmp_path / "in" / f"{i}.txt").write_text("noise")
+        Image.fromarray(noise).save(tmp_path / "in" / f"{i}.png")
+    command = [sys.executable, "-m", "glide_finetune.prepare", "--data_dir", tmp_path / "in"]
+    command += ["--num_workers", "2", "--side_x", "128", "--side_y", "128"]
+    command += ["--shard_size", "20", "--output_dir", tmp_path / "out"]
+    process = subprocess.Popen(command, start_new_session=True)
+    while not (tmp_path / "out" / "00001.tar").exists() and process.poll() is None:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    for _ in range(200):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("its workers are still there after 20 seconds")
+
+
+def test_two_processes_do_not_prepare_into_one_folder(tmp_path, capsys):
+    source, out = write_folder(tmp_path / "in"), tmp_path / "out"
+    prepare(source, out)
+    script = (
+        "import pathlib, sys; from glide_finetune.folder_lock import locked\n"
+        "with locked(pathlib.Path(sys.argv[1]), ''): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        capsys.readouterr()
+        prepare(source, out, status=1)
+        assert f"in use by process {other.pid} on" in error_line(capsys)
+        other.stdin.close()
+    prepare(source, out)
 
 
 def test_other_settings_are_refused_in_the_same_folder(tmp_path, capsys):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from glide_finetune.folder_lock import locked
 from glide_finetune.runs import (
     Start,
     create_run,
     interpret_resume,
-    locked,
     newest_run,
     read_args,
     write_args,
@@ -31,7 +31,7 @@ def test_the_newest_run_is_one_that_was_begun(tmp_path):
     for run in runs[:3]:
         write_args(run, {})
         assert newest_run(tmp_path) == run
-    with locked(runs[3]):
+    with locked(runs[3], "wait"):
         assert newest_run(tmp_path) == runs[2]
     assert create_run(tmp_path).name == "0004"
 
@@ -162,10 +162,10 @@ def test_runs_need_no_torch():
 
 
 def test_a_run_is_locked_once_and_free_again_afterwards(tmp_path):
-    held = "import pathlib, sys; from glide_finetune.runs import locked\n"
-    held += "with locked(pathlib.Path(sys.argv[1])): print('held')"
+    held = "import pathlib, sys; from glide_finetune.folder_lock import locked\n"
+    held += "with locked(pathlib.Path(sys.argv[1]), 'wait'): print('held')"
     other = [sys.executable, "-c", held, str(tmp_path)]
-    with locked(tmp_path):
+    with locked(tmp_path, "wait"):
         refused = subprocess.run(other, capture_output=True, text=True, cwd=ROOT)
         assert refused.returncode == 1
         last_line = refused.stderr.splitlines()[-1]

@@ -336,8 +336,10 @@ class TestResuming:
     def test_two_processes_never_train_in_one_run(self, place, whole, capsys):
         run = as_if_killed(whole, place / "shared" / "0000", 7)
         held = (
-            "import pathlib, sys; from glide_finetune.runs import locked\n"
-            "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+            "import pathlib, sys; from glide_finetune.folder_lock import locked\n"
+            "with locked(pathlib.Path(sys.argv[1]), ''):\n"
+            "    print('held', flush=True)\n"
+            "    sys.stdin.read()"
         )
         other = subprocess.Popen(
             [sys.executable, "-c", held, str(run)], cwd=ROOT,

@@ -13,7 +13,6 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ from glide_finetune.data.images import read_prepared
 from glide_finetune.data.shard_stream import PREPARED_FROM, SEVERAL_CAPTIONS
 from glide_finetune.data.stored_samples import FolderSource, Sample, ShardSource, Source, Task
 from glide_finetune.data.workers import received_from, worker_loader
+from glide_finetune.folder_lock import LOCK_NAME, locked
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +69,13 @@ def prepare(
         source = ShardSource(config)
     else:
         source = FolderSource(config.data_dir, config.use_captions)
-    _begin_or_go_on(out, _record(config, shard_size) | {"source": source.identity})
-    shards = _Shards(out, shard_size)
-    if not shards.complete:
-        _fill(shards, source, config, num_workers)
-    _report(out, shards, source, _training_flags(out, config))
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, "give another --output_dir"):
+        _begin_or_go_on(out, _record(config, shard_size) | {"source": source.identity})
+        shards = _Shards(out, shard_size)
+        if not shards.complete:
+            _fill(shards, source, config, num_workers)
+        _report(out, shards, source, _training_flags(out, config))
 
 
 def _fill(shards: "_Shards", source: Source, config: TrainConfig, num_workers: int) -> None:
@@ -172,11 +174,9 @@ class _Shards:
         self.left_out: Counter[str] = Counter()
         self._members: list[dict[str, bytes]] = []
         self._tally = Tally()
-        for self.number in count():
-            path = self._stats_path()
-            if not path.exists():
-                break
+        while (path := self._stats_path()).exists():
             self._count(read_json(path))
+            self.number += 1
 
     def _stats_path(self) -> Path:
         return self.out / f"{self.number:05}_stats.json"
@@ -256,7 +256,7 @@ def _refuse_foreign(out: Path, config: TrainConfig) -> None:
     """Raise ConfigError for a folder that is not ours to write into."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--output_dir: {out} is a file, not a folder")
-    begun = RECORD_NAME, RECORD_NAME + TEMPORARY_SUFFIX
+    begun = LOCK_NAME, RECORD_NAME, RECORD_NAME + TEMPORARY_SUFFIX
     if out.exists() and not (out / RECORD_NAME).exists():
         foreign = next((path for path in out.iterdir() if path.name not in begun), None)
         if foreign:
@@ -272,7 +272,6 @@ def _begin_or_go_on(out: Path, record: dict[str, Any]) -> None:
     """Put the record into a new folder, or hold it against the one that is there."""
     path = out / RECORD_NAME
     if not path.exists():
-        out.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, record)
         return
     earlier = read_json(path)

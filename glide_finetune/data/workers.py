@@ -3,20 +3,30 @@
 import atexit
 import math
 import multiprocessing
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
-from weakref import WeakSet
+from weakref import ref
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from glide_finetune.stopping import STOP_SIGNALS
 
-_loaders: WeakSet[DataLoader] = WeakSet()
+MOST_FILES = 10_000  # open at a time; macOS allows few more
+
+# Torch's iterators, which may be gone, and the workers of each.
+_started: list[tuple[ref, Sequence[BaseProcess]]] = []
 
 
 def worker_loader(
@@ -32,8 +42,9 @@ def worker_loader(
     The workers make at least `items_ahead` before they are asked for.
     """
     if num_workers:
+        _allow_many_files()
         options["prefetch_factor"] = max(2, math.ceil(items_ahead / num_workers))
-    loader = DataLoader(
+    return DataLoader(
         dataset,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
@@ -42,31 +53,60 @@ def worker_loader(
         # DataLoader draws a number at the start of each iteration. From a generator of its own, so
         # that entering an epoch in the middle leaves the training's random state alone.
         generator=torch.Generator(),
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_begin_worker,
         **options,
     )
-    _loaders.add(loader)
-    return loader
 
 
 def _as_it_is(batch):
     return batch
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A job that is asked to stop, all of its processes at once, still needs its batches to end
-    the current step. Workers notice by themselves when the trainer is gone."""
+def _allow_many_files() -> None:
+    """A tensor in shared memory is an open file, and a step of many batches holds all of theirs."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _begin_worker(worker: int) -> None:
+    """Leave signals to the trainer: a job that is asked to stop, all of its processes at once,
+    still needs its batches to end the current step."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=[os.getppid()], daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    """End this process when its parent is gone. Torch sees to that too, but not while it sends
+    more than a pipe holds, whose other end it keeps open itself."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 @atexit.register
 def _end_workers() -> None:
-    """Else multiprocessing would send those of a loader that is still referred to the SIGTERM that
-    they ignore, and wait for ever."""
-    for loader in _loaders:
-        if loader._iterator is not None:
-            loader._iterator._shutdown_workers()
+    """Else multiprocessing would send those of an iterator that is still referred to the SIGTERM
+    that they ignore, and wait for ever."""
+    for iterator, _ in _started:
+        if (items := iterator()) is not None:
+            items._shutdown_workers()
+        del items
+    _kill_forgotten()
+
+
+def _kill_forgotten() -> None:
+    """Those of iterators that are gone. One that was part of a cycle of references, as after an
+    error, ends with its queues closed, and cannot tell its workers to end."""
+    for iterator, workers in _started:
+        if iterator() is None:
+            for worker in workers:
+                worker.kill()
+    _started[:] = [pair for pair in _started if pair[0]() is not None]
 
 
 def place_among_workers() -> tuple[int, int]:
@@ -111,6 +151,7 @@ def received_from(loader: DataLoader) -> Iterator[Any]:
             handler of SIGCHLD would break a training step off in the middle.
     """
     handler = _handler_of_children()
+    _kill_forgotten()
     others = multiprocessing.active_children()
     try:
         try:
@@ -126,6 +167,8 @@ def received_from(loader: DataLoader) -> Iterator[Any]:
         finally:
             _handle_children(handler)
         workers = getattr(items, "_workers", [])
+        if workers and all(iterator() is not items for iterator, _ in _started):
+            _started.append((ref(items), workers))
         try:
             while (item := _next_item(items, workers)) is not _END:
                 yield item
@@ -133,6 +176,11 @@ def received_from(loader: DataLoader) -> Iterator[Any]:
             _abandon(items, workers)
             raise
     except RuntimeError as error:
+        if str(error).startswith("Too many open files"):
+            raise OSError(
+                "a step's batches take more open files than the system allows: raise the limit "
+                "(ulimit -n), or lower --gradient_accumulation_steps"
+            ) from None
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise _worker_died() from None
