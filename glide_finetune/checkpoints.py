@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 
 from glide_finetune.atomic_files import atomic_file, read_json, sync_folder, write_json_atomic
-from glide_finetune.weights import host_tensor, read_tensor_file, write_weights
+from glide_finetune.weights import (
+    WeightsError,
+    check_bytes,
+    host_tensor,
+    read_tensor_file,
+    write_weights,
+)
 
 _NAMES = {
     "weights": "glide-ft-{}x{}.pt",
@@ -46,6 +52,11 @@ class CheckpointFiles:
     training_state: Path | None = None
     epoch: int | None = None
     step: int | None = None
+
+    def check_bytes(self) -> None:
+        """WeightsError as of `weights.check_bytes` about the first of the files that is damaged."""
+        for path in filter(None, (self.weights, self.ema, self.training_state)):
+            check_bytes(path)
 
 
 def save_checkpoint(
@@ -95,6 +106,20 @@ def save_checkpoint(
 def newest_checkpoint(run_dir: Path) -> CheckpointFiles | None:
     """The whole checkpoint with the highest step; None if the run has none."""
     return max(_whole_checkpoints(run_dir), key=_age, default=None)
+
+
+def newest_to_go_on_from(run_dir: Path) -> tuple[CheckpointFiles | None, dict[Path, str]]:
+    """The newest checkpoint that is whole to the last byte, and what is wrong with newer ones, by
+    their weights files, oldest first."""
+    damaged = damaged_checkpoints(run_dir)
+    for files in sorted(_whole_checkpoints(run_dir), key=_age, reverse=True):
+        try:
+            files.check_bytes()
+        except WeightsError as error:
+            damaged = {files.weights: str(error)} | damaged
+        else:
+            return files, damaged
+    return None, damaged
 
 
 def damaged_checkpoints(run_dir: Path) -> dict[Path, str]:
@@ -155,9 +180,16 @@ def read_training_state(path: Path) -> dict[str, Any]:
     return read_tensor_file(path, mmap=False)
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Delete what is older than the `keep` newest whole checkpoints; 0 keeps everything."""
-    whole = sorted(_whole_checkpoints(run_dir), key=_age)
+def prune(run_dir: Path, keep: int, newest: int | None = None) -> None:
+    """Delete what is older than the `keep` newest whole checkpoints; 0 keeps everything.
+
+    newest: the step of the last one to count. A run that went on from an earlier checkpoint, since
+        later ones are damaged, must not delete its own for them.
+    """
+    whole = [
+        files for files in _whole_checkpoints(run_dir) if newest is None or files.step <= newest
+    ]
+    whole.sort(key=_age)
     if keep == 0 or not whole:
         return
     oldest_kept = _age(whole[-keep:][0])

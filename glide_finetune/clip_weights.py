@@ -36,6 +36,9 @@ def read_clip(files: list[str]) -> CLIPModel:
         ValueError: they do not fit, or do not tell what they are.
         DownloadError: OpenAI's weights are not to be had.
     """
+    if files != [RELEASED]:
+        for file in files:
+            weights.check_bytes(Path(file))
     if len(files) == 2 or files == [RELEASED]:
         beside = Path(files[0]).with_name(CLIP_CONFIG)
         own = beside if files != [RELEASED] and beside.exists() else None

@@ -296,6 +296,7 @@ def load_stage(name: str, source: str, stage: str, inpainting: str | bool = Fals
         model, _, options = load_model(model_type=wanted)
         return Stage(RELEASED, model, options)
     path = _weights_in(name, Path(source).expanduser())
+    weights.check_bytes(path)
     kind = described_model(path)[0] or weights.kind_of_model(weights.read_weights(path)) or wanted
     check_stage(name, path, kind, stage)
     if inpainting and kind != wanted:

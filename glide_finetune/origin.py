@@ -1,6 +1,7 @@
 """What a run goes on from: one of its own checkpoints, one that is given, or nothing."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,8 @@ from typing import Any
 from glide_finetune.atomic_files import read_json
 from glide_finetune.checkpoints import (
     CheckpointFiles,
-    damaged_checkpoints,
     files_beside,
-    newest_checkpoint,
+    newest_to_go_on_from,
 )
 from glide_finetune.config import TrainConfig
 from glide_finetune.model_options import description_path
@@ -63,7 +63,7 @@ def find_origin(config: TrainConfig, start: Start) -> Origin:
         start: what `--resume_ckpt` of `config` means.
 
     Raises:
-        ValueError: the run has checkpoints, but all of them are damaged.
+        ValueError: the run has checkpoints, but all of them are damaged, or those given are.
     """
     settings: dict[str, Any] = {}
     first = {"resume_ckpt": "", "weights_only": config.weights_only}
@@ -72,16 +72,19 @@ def find_origin(config: TrainConfig, start: Start) -> Origin:
     if start.run_dir:
         settings = read_args(start.run_dir)
         first = {name: settings.get(name, value) for name, value in first.items()}
-        own = newest_checkpoint(start.run_dir)
-        _tell_of_damage(start.run_dir, own)
+        own, damaged = newest_to_go_on_from(start.run_dir)
+        _tell_of_damage(start.run_dir, own, damaged)
         if own:
             return Origin(start.run_dir, own, True, first, settings)
     given = files_beside(Path(first["resume_ckpt"])) if first["resume_ckpt"] else None
+    if given:
+        given.check_bytes()
     return Origin(start.run_dir, given, False, first, settings)
 
 
-def _tell_of_damage(run_dir: Path, own: CheckpointFiles | None) -> None:
-    damaged = damaged_checkpoints(run_dir)
+def _tell_of_damage(
+    run_dir: Path, own: CheckpointFiles | None, damaged: Mapping[Path, str]
+) -> None:
     if not damaged:
         return
     told = "; ".join(f"of {weights.name}, {damage}" for weights, damage in damaged.items())

@@ -3,10 +3,12 @@
 A weights file is what every GLIDE tool reads: a `state_dict` of float32 tensors by `torch.save`.
 """
 
+import contextlib
 import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from glide_finetune.atomic_files import atomic_file
+from glide_finetune.config import cores
 from glide_finetune.model_options import WIDENED_FROM
 
 # The kinds of model by the input channels of their first convolution: three of the noisy image;
@@ -23,6 +26,8 @@ KINDS_BY_CHANNELS = {3: "base", 6: "upsample", 7: "base-inpaint", 10: "upsample-
 
 _WRAPPED_UNDER = ("state_dict", "model_state_dict", "model", "module")  # by other trainers
 _ZIP_MAGIC = b"PK\x03\x04"
+_AGAIN = "copy or download it again"
+_CHUNK = 2**22  # bytes that are read at a time
 
 
 class WeightsError(ValueError):
@@ -89,21 +94,10 @@ def read_tensor_file(path: Path, *, mmap: bool) -> Any:
 
     mmap: map the tensors from the file where its format allows. WeightsError as in `read_weights`.
     """
-    if path.is_dir():
-        raise WeightsError(f"{path} is a folder: give a weights file (.pt) in it")
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(len(_ZIP_MAGIC))
-    except FileNotFoundError:
-        raise WeightsError(f"{path} does not exist: check the path") from None
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
-    again = "copy or download it again"
-    if not magic:
-        raise WeightsError(f"{path} is empty: {again}")
-    is_zip = magic == _ZIP_MAGIC
-    if is_zip and not zipfile.is_zipfile(path):  # the directory at the end is missing
-        raise WeightsError(f"{path} is cut off after {path.stat().st_size} bytes: {again}")
+    is_zip = _is_zip(path)
+    with contextlib.suppress(zipfile.BadZipFile):  # other damage to its end
+        if is_zip and not zipfile.is_zipfile(path):  # the directory at the end is missing
+            raise WeightsError(f"{path} is cut off after {path.stat().st_size} bytes: {_AGAIN}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except pickle.UnpicklingError as error:
@@ -113,11 +107,49 @@ def read_tensor_file(path: Path, *, mmap: bool) -> Any:
                 "trust it, load it there and save only model.state_dict() with torch.save"
             ) from None
         raise WeightsError(f"{path} is not a PyTorch weights file: check what it is") from None
-    except Exception as error:  # the unpickler fails in any way on bytes that mean nothing
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception:  # the unpickler fails in any way on bytes that mean nothing
+        raise WeightsError(f"{path} is damaged or not a PyTorch weights file: {_AGAIN}") from None
+
+
+def _is_zip(path: Path) -> bool:
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder: give a weights file (.pt) in it")
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(len(_ZIP_MAGIC))
+    except FileNotFoundError:
+        raise WeightsError(f"{path} does not exist: check the path") from None
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
+    if not magic:
+        raise WeightsError(f"{path} is empty: {_AGAIN}")
+    return magic == _ZIP_MAGIC
+
+
+def check_bytes(path: Path) -> None:
+    """WeightsError unless the bytes of a file are those that torch.save wrote into it.
+
+    torch.save writes checksums, at which torch.load does not look; files of its older format have
+    none. It takes about as long as reading the file, so it is for whole programs.
+    """
+    if not _is_zip(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive, ThreadPoolExecutor(min(8, cores())) as threads:
+            parts = [part for part in archive.infolist() if part.CRC]  # may be written without
+            list(threads.map(lambda part: _read_through(archive, part), parts))
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
+    except Exception as error:  # a directory of any bytes
         raise WeightsError(
-            f"{path} is damaged or not a PyTorch weights file ({reason}): {again}"
+            f"{path} is damaged, it holds other bytes than were written ({error}): {_AGAIN}"
         ) from None
+
+
+def _read_through(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> None:
+    with archive.open(part) as file:
+        while file.read(_CHUNK):  # which raises BadZipFile at the end if the checksum is another
+            pass
 
 
 def kind_of_model(state: Mapping[str, Tensor]) -> str | None:

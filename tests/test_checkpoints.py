@@ -19,6 +19,7 @@ from glide_finetune.checkpoints import (
     damaged_checkpoints,
     files_beside,
     newest_checkpoint,
+    newest_to_go_on_from,
     prune,
     read_training_state,
     save_checkpoint,
@@ -202,6 +203,22 @@ def test_damaged_checkpoints_are_told_and_unfinished_ones_are_none(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "name", ["glide-ft-0x3.pt", "glide-ft-0x3-ema.pt", "training-state-0x3.pt"]
+)
+def test_one_wrong_bit_makes_a_checkpoint_none_to_go_on_from(tmp_path, name):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, size=1000)
+    (tmp_path / "glide-ft-0x4-ema.pt").unlink()
+    content = bytearray((tmp_path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / name).write_bytes(content)
+    files, damaged = newest_to_go_on_from(tmp_path)
+    assert_whole(files, 2)
+    assert [path.name for path in damaged] == ["glide-ft-0x3.pt", "glide-ft-0x4.pt"]
+    assert f"{name} is damaged, it holds other bytes" in damaged[tmp_path / "glide-ft-0x3.pt"]
+
+
 def test_saving_the_same_step_again_replaces_it(tmp_path):
     save(tmp_path, 1, size=8)
     save(tmp_path, 1, size=16, ema=False)
@@ -245,6 +262,17 @@ def test_pruning_counts_whole_checkpoints_only(tmp_path):
     prune(tmp_path, 1)
     assert_whole(newest_checkpoint(tmp_path), 2)
     assert not [name for name in names(tmp_path) if "0x1" in name]
+
+
+def test_pruning_does_not_count_what_comes_after_the_step_that_is_made(tmp_path):
+    """What a run went on before, since it is damaged."""
+    for step in (1, 2, 9):
+        save(tmp_path, step)
+    prune(tmp_path, 1, newest=2)
+    assert [name for name in names(tmp_path) if name.endswith(".json")] == [
+        "glide-ft-0x2.json",
+        "glide-ft-0x9.json",
+    ]
 
 
 def test_the_files_beside_a_weights_file_are_found(tmp_path):

@@ -418,6 +418,20 @@ class TestResuming:
         (run / ".lock").unlink()
         assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
+    def test_a_checkpoint_with_wrong_bytes_is_passed_over_and_its_place_taken(
+        self, place, whole, caplog
+    ):
+        run = as_if_killed(whole, place / "flipped" / "0000", 14)
+        path = run / "training-state-2x14.pt"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 0x55
+        path.write_bytes(content)
+        words = ["--max_steps", "14", "--log_frequency", "0", "--keep_checkpoints", "1"]
+        assert main(["--resume_ckpt", str(run), *words]) == 0
+        assert "newer checkpoints are damaged: of glide-ft-2x14.pt" in caplog.text
+        assert_same(load(run / "glide-ft-2x14.pt"), load(whole / "glide-ft-2x14.pt"))
+        assert_same(load(path), load(whole / path.name))
+
     def test_a_run_without_a_checkpoint_begins_again_as_it_began(self, place, whole, caplog):
         caplog.set_level(logging.INFO)
         given = str(whole / "glide-ft-1x7.pt")

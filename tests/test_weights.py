@@ -12,6 +12,7 @@ from glide_finetune.model_options import training_options
 from glide_finetune.weights import (
     WeightsError,
     build_and_load,
+    check_bytes,
     kind_of_model,
     read_weights,
     write_weights,
@@ -144,6 +145,32 @@ def test_a_file_that_is_cut_off_is_named(tmp_path, use_zip, kept):
     message = error_of(read_weights, path)
     assert message.startswith(f"{path} is ")
     assert re.search("cut off|damaged or not|not a PyTorch", message)
+
+
+def test_a_wrong_bit_anywhere_is_told_or_changes_nothing(tmp_path):
+    """Between the parts of a file there are bytes without a meaning."""
+    path, state = tmp_path / "w.pt", {"weight": torch.randn(100), "bias": torch.randn(10)}
+    torch.save(state, path)
+    content, told = path.read_bytes(), 0
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        try:
+            check_bytes(path)
+            found = read_weights(path)
+        except WeightsError:
+            told += 1
+        else:
+            assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    assert told > 0.2 * len(content) / 7
+
+
+def test_a_file_without_checksums_is_taken_as_it_is(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": torch.ones(3)}, tmp_path / "w.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    check_bytes(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize(
