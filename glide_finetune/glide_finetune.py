@@ -104,6 +104,7 @@ def run_glide_finetune_epoch(
     gradient_accumulation_steps: int | None = None,
     vlb_weight: float = 0.001,
     max_grad_norm: float = 1.0,
+    keep_checkpoints: int = 0,
 ) -> None:
     """Train for one epoch, with sample grids on the way and a checkpoint at its end.
 
@@ -132,6 +133,8 @@ def run_glide_finetune_epoch(
         image_to_upsample: file for the upsampler's grids; without it there are none. A base model
             takes no notice of it.
         vlb_weight, max_grad_norm: as the flags of train_glide.py.
+        keep_checkpoints: delete all but so many of the newest checkpoints, which take four times
+            the bytes of the weights each; 0 keeps all.
 
     Raises:
         ValueError: the dataloader is empty, or arguments contradict each other or the model.
@@ -152,6 +155,7 @@ def run_glide_finetune_epoch(
     use_fp16 = glide_options["use_fp16"]
     config = TrainConfig(
         epochs=epoch + 1,
+        batch_size=getattr(dataloader, "batch_size", None) or 1,
         gradient_accumulation_steps=accumulation,
         vlb_weight=vlb_weight,
         max_grad_norm=max_grad_norm,
@@ -167,7 +171,7 @@ def run_glide_finetune_epoch(
         test_guidance_scale=sample_gs,
         log_frequency=log_frequency,
         save_checkpoint_interval=0,
-        keep_checkpoints=0,
+        keep_checkpoints=keep_checkpoints,
         seed=int(torch.randint(2**31, ())),
     )
     run_folder = Path(checkpoints_dir)

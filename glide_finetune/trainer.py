@@ -355,12 +355,18 @@ class Trainer:
                 hook.remove()
 
     def count_steps(self, loader: Iterable) -> int | None:
-        """Optimizer steps of the whole run; None where the data does not tell its length."""
+        """Optimizer steps of the whole run: those that are made, and what its epochs have left.
+        None where the data does not tell its length."""
+        progress, size = self.progress, self.config.gradient_accumulation_steps
         try:
-            per_epoch = math.ceil(len(loader) / self.config.gradient_accumulation_steps)
+            batches = len(loader)
         except TypeError:
             return self.config.max_steps or None
-        steps = self.progress.first_step + per_epoch * self.config.epochs
+        steps = progress.step
+        # Batches and accumulation need not be those that the steps so far were made with.
+        if (epochs_left := self.config.epochs - progress.epoch) > 0:
+            steps += math.ceil(max(0, batches - progress.batch) / size)
+            steps += (epochs_left - 1) * math.ceil(batches / size)
         return min(steps, self.config.max_steps or steps)
 
     def reached_end(self) -> bool:

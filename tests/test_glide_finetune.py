@@ -323,3 +323,10 @@ def test_wandb_setup_takes_the_old_arguments(tmp_path, monkeypatch):
     run = train_util.wandb_setup(1, 64, 64, 1e-4, False, "cpu", "data", str(tmp_path))
     run.log({"loss": 1.0}, step=1)
     run.finish()
+
+
+def test_the_newest_checkpoints_alone_are_kept_if_asked_for(tmp_path):
+    for epoch in range(3):
+        run_epoch(tmp_path, loader(1), log_frequency=0, epoch=epoch, keep_checkpoints=2)
+    names = [path.name for path in sorted((tmp_path / "checkpoints").glob("*.json"))]
+    assert names == ["glide-ft-2x2.json", "glide-ft-3x3.json"]

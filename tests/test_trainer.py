@@ -639,6 +639,25 @@ def test_a_new_run_takes_the_state_and_the_count_of_steps_but_goes_through_its_o
     assert again.progress.step == 9
 
 
+@pytest.mark.parametrize(("batches", "accumulation"), [(12, 1), (2, 1), (6, 3)])
+def test_the_learning_rate_of_a_run_that_goes_on_with_other_batches_falls_to_its_end(
+    tmp_path, batches, accumulation
+):
+    settings = {"epochs": 4, "lr_schedule": "cosine", "log": MetricsLog(tmp_path)}
+    first = tiny_trainer(tmp_path, max_steps=15, **settings)
+    first.train(Batches(6))  # to the middle of the third epoch
+    settings["log"] = MetricsLog(tmp_path, resume_step=15)
+    again = resumed(tmp_path, gradient_accumulation_steps=accumulation, **settings)
+    total = again.count_steps(Batches(batches))
+    again.train(Batches(batches))
+    assert again.progress.step == total
+    rates = [line["lr"] for line in read_metrics(tmp_path)][15:]
+    assert rates == sorted(rates, reverse=True)
+    last = 1e-3 * learning_rate_factor(total - 1, "cosine", 0, total)
+    assert rates[-1] == pytest.approx(last)
+    assert rates[-1] > 0
+
+
 def test_nothing_is_saved_where_no_step_was_made(tmp_path):
     trainer = tiny_trainer(tmp_path)
     trainer.stop_requested = True
