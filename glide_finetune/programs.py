@@ -39,6 +39,7 @@ def run_program(
         other_weights: what to do instead where OpenAI's cannot be downloaded.
         after_interrupt: what is to be said after Ctrl-C.
     """
+    _open_standard_streams()
     if hasattr(sys.stdout, "reconfigure"):  # what a caller put in its place need not have it
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     logging.basicConfig(format="%(message)s", handlers=[LineHandler()])
@@ -63,6 +64,18 @@ def run_program(
             _give_up_if_gone(stream)
 
 
+def _open_standard_streams() -> None:
+    """What the caller has closed, as some launchers do, leads nowhere. Else the file that is opened
+    next would take its place, and get what is written to it. Lines go to standard error then."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest that is free
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    sys.stdout = sys.stdout or sys.stderr
+
+
 def tell(line: str) -> None:
     """On standard error, unless that is gone: a pipe nobody reads, a file on a full disk."""
     with contextlib.suppress(OSError):
@@ -70,8 +83,8 @@ def tell(line: str) -> None:
 
 
 class LineHandler(logging.Handler):
-    """Prints lines above the bars that there are; where standard output is gone, on standard error.
-    None ends a run."""
+    """Prints log lines above progress bars, or on standard error where standard output is gone. A
+    line that cannot be printed ends no run."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm  # here, as not all that comes here has a bar

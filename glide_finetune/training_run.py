@@ -285,7 +285,8 @@ def warn_of_changes(origin: Origin, now: dict[str, Any], config: TrainConfig) ->
 def report_end(trainer: Trainer, received: list[signal.Signals]) -> Outcome:
     """Say how training ended and what to do next."""
     step, run_folder = trainer.progress.step, trainer.run_folder
-    if not received:
+    is_complete = trainer.reached_end() and trainer.reported_step == step
+    if is_complete or not received:  # a signal may come while the last checkpoint is written
         grids = sorted((run_folder / SAMPLES_NAME).glob("*.png"))
         results = f"the samples are in {grids[-1]}, everything else" if grids else "everything"
         logger.info("finished at step %d; %s is in %s", step, results, run_folder)

@@ -94,6 +94,25 @@ def test_lines_that_nobody_reads_come_on_standard_error_and_end_nothing(lost):
     os.close(writing)
 
 
+def test_what_is_opened_takes_the_place_of_no_closed_stream(tmp_path):
+    """Or it would get what is written there by number."""
+    script = """
+import os, sys
+from glide_finetune.programs import run_program
+def action():
+    with open(sys.argv[1], "w") as file:
+        print("line", file=sys.stderr)
+        os.write(2, b"more")
+        file.write(str(file.fileno()))
+    return 0
+sys.exit(run_program("a.py", action))
+"""
+    path = tmp_path / "file"
+    command = f"exec {shlex.join([sys.executable, '-c', script, str(path)])} <&- >&- 2>&-"
+    subprocess.run(["bash", "-c", command], check=True)
+    assert int(path.read_text()) > 2
+
+
 def test_lines_come_on_standard_output():
     done = subprocess.run(
         [sys.executable, "-c", LOGGING], check=False, capture_output=True, text=True

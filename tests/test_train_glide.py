@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from glide_finetune import devices, training_run
+from glide_finetune.checkpoint_writer import CheckpointWriter
 from glide_finetune.checkpoints import newest_checkpoint
 from glide_finetune.metrics import read_metrics
 from glide_finetune.model_options import training_options
@@ -380,6 +381,21 @@ class TestResuming:
         caplog.clear()
         assert main(["--resume_ckpt", str(run)]) == 0
         assert "nothing left to train" in caplog.text
+
+    def test_a_signal_while_the_last_checkpoint_is_written_stops_nothing(
+        self, place, monkeypatch, caplog
+    ):
+        caplog.set_level(logging.INFO)
+        save = CheckpointWriter.save
+
+        def save_and_ask_to_stop(self, **checkpoint):
+            save(self, **checkpoint)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(CheckpointWriter, "save", save_and_ask_to_stop)
+        words = ["--max_steps", "1", "--log_frequency", "0", "--checkpoints_dir", "late"]
+        assert main([*SMALL_MODEL, *words]) == 0
+        assert "finished at step 1" in caplog.text
 
     def test_a_frozen_unet_that_has_learned_nothing_is_told(self, place, caplog):
         words = ["--freeze_diffusion", "--max_steps", "1", "--log_frequency", "0"]
