@@ -27,9 +27,9 @@ from load_images import RESIZE_RATIO, SIZES, full_quality, old_way, psnr, write_
 from glide_finetune.config import TrainConfig
 from glide_finetune.data.dataloading import make_dataloader
 from glide_finetune.data.images import read_crop
+from glide_finetune.data.metadata import parse_metadata
 from glide_finetune.data.preparation import prepare
 from glide_finetune.data.tar_samples import shard_samples
-from glide_finetune.data.wds_filter import parse_metadata
 from glide_finetune.wds_loader import glide_wds_loader
 
 REPETITIONS = 7

@@ -296,13 +296,15 @@ def _check_data(config: TrainConfig, name: str, path: str) -> None:
             return  # its report tells so itself, after the settings
         hint = ""
         if not config.use_webdataset and _holds_shards(path):
-            hint = "; for the tar shards in it add --use_webdataset"
+            hint = "; to train on tar shards add --use_webdataset"
         raise ConfigError(f"--{name}: {error}{hint}") from None
 
 
 def _holds_shards(path: str) -> bool:
+    """Whether it is one, too."""
+    folder = Path(path).expanduser()
     try:
-        return any(map(is_named_as_shard, Path(path).expanduser().iterdir()))
+        return is_named_as_shard(folder) or any(map(is_named_as_shard, folder.iterdir()))
     except OSError:  # no folder, or none that can be read
         return False
 

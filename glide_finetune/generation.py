@@ -148,7 +148,7 @@ class Painter:
             or RELEASED_UPSCALE_FACTOR
         )
         clip_files = used_clip(config.clip) if config.clip else []
-        self.clip = load_clip(clip_files, self.size, self.device) if clip_files else None
+        self.clip = load_clip(clip_files, self.base, self.size, self.device) if clip_files else None
         self.settings = replace(
             config,
             base=self.base.source,
@@ -320,11 +320,13 @@ def _weights_in(name: str, path: Path) -> Path:
     return newest.ema or newest.weights
 
 
-def load_clip(files: list[str], size: tuple[int, int], device: torch.device) -> CLIPModel:
-    """The noise-aware CLIP in the files of `used_clip`, for base pictures of `size`.
+def load_clip(
+    files: list[str], base: Stage, size: tuple[int, int], device: torch.device
+) -> CLIPModel:
+    """The noise-aware CLIP in the files of `used_clip`, for pictures of `size` that `base` draws.
 
     Raises:
-        ValueError: the weights do not fit, or it is made for pictures of another size.
+        ValueError: the weights do not fit, or it knows pictures of another size or other noise.
         DownloadError: OpenAI's weights are not to be had.
     """
     clip = read_clip(files).to(device)
@@ -333,6 +335,13 @@ def load_clip(files: list[str], size: tuple[int, int], device: torch.device) -> 
         raise ValueError(
             f"--clip looks at pictures of {side}x{side} pixels, the base model draws "
             f"{size[0]}x{size[1]}: leave --clip out, or change --side_x and --side_y"
+        )
+    known = clip.config["n_timesteps"], clip.config["beta_schedule"]
+    drawn = base.options["diffusion_steps"], base.options["noise_schedule"]
+    if known != drawn:
+        raise ValueError(
+            f"--clip knows noise of {known[0]} timesteps by {known[1]}, the base model removes "
+            f"that of {drawn[0]} by {drawn[1]}: leave --clip out, or give one trained with it"
         )
     return clip.eval()
 

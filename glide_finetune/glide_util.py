@@ -58,9 +58,12 @@ def load_model(
         The model, its diffusion process of all timesteps, and every option it was made with.
 
     Raises:
-        ValueError: unknown model_type, weights of another type or size, or nothing left to train.
+        ValueError: unknown model_type or init, weights of another type or size, or nothing left to
+            train.
         DownloadError: OpenAI's weights are neither in the cache nor to be had.
     """
+    if init not in ("pretrained", "scratch"):
+        raise ValueError(f"init is {init!r}: give pretrained or scratch")
     if model_options is None and glide_path:
         model_options = _options_beside(Path(glide_path).expanduser(), model_type)
     options = {**released_options(model_type), **(model_options or {}), "use_fp16": use_fp16}

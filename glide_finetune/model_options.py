@@ -188,6 +188,11 @@ def check_options(options: dict[str, Any]) -> None:
     if options["noise_schedule"] not in NOISE_SCHEDULES:
         known = " or ".join(NOISE_SCHEDULES)
         raise ValueError(f"noise_schedule is {options['noise_schedule']!r}; give {known}")
+    if options["noise_schedule"] == "linear" and options["diffusion_steps"] <= 20:
+        raise ValueError(  # the last step's share of noise is 20 / diffusion_steps
+            f"diffusion_steps is {options['diffusion_steps']}, too few for noise_schedule linear; "
+            "give 21 or more, or noise_schedule=squaredcos_cap_v2"
+        )
     _check_text(options)
     _check_unet(options)
 

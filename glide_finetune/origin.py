@@ -79,6 +79,8 @@ def find_origin(config: TrainConfig, start: Start) -> Origin:
     given = files_beside(Path(first["resume_ckpt"])) if first["resume_ckpt"] else None
     if given:
         given.check_bytes()
+        if not given.training_state and not config.weights_only:
+            logger.info("there is no training state of %s: steps count from 0", given.weights)
     return Origin(start.run_dir, given, False, first, settings)
 
 

@@ -203,6 +203,10 @@ class Trainer:
                 if not self._updating:  # else the weights may be of two steps
                     self._save_what_is_made()
                 raise
+            except Exception:
+                if self.stop_requested and self.config.compile:  # which the compiler heard as well
+                    return
+                raise
             metrics["epoch"] = self.progress.epoch
             if ends_epoch:
                 self._count_epoch()

@@ -72,9 +72,11 @@ class Validator:
             for batch, timesteps, mask in zip(
                 self._batches, self._timesteps, self._masks, strict=True
             ):
+                # one by one, as what torch draws at once depends on how much it is
+                noise = [torch.randn(image.shape, generator=generator) for image in batch[-1]]
                 losses = batch_losses(
                     trainer.model, trainer.diffusion, batch, trainer.device,
-                    timesteps=timesteps, noise=torch.randn(batch[-1].shape, generator=generator),
+                    timesteps=timesteps, noise=torch.stack(noise),
                     inpaint_mask=mask,
                     vlb_weight=self.config.vlb_weight, loss_weighting=self.config.loss_weighting,
                 )  # fmt: skip

@@ -397,6 +397,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
         "a folder elsewhere",
     ),
     "--test_prompt caf\udce9": ("--test_prompt is 'caf\\udce9', which is not UTF-8",),
+    "--model_options diffusion_steps=20 noise_schedule=linear": ("give 21 or more, or noise_sch",),
     "--model_options diffusion_steps=1": ("diffusion_steps is 1; give a number of at least 2",),
     # data
     "--data_dir {}/missing": ("--data_dir", "missing", "does not exist"),
@@ -405,6 +406,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "--data_dir {}/uncaptioned": ("--data_dir", "no captions", "--no-use_captions"),
     "--data_dir {}/empty --no-use_captions": ("no images",),
     "--data_dir {}/tars": ("--data_dir", "no images", "add --use_webdataset"),
+    "--data_dir {}/tars/0.tar": ("--data_dir", "is a file", "add --use_webdataset"),
     "--data_dir {}/good --use_webdataset": ("--data_dir", "no shards", ".tar"),
     "--data_dir {}/missing.tar --use_webdataset": ("--data_dir", "missing.tar"),
     "--val_data_dir {}/empty": ("--val_data_dir", "no images"),

@@ -269,8 +269,8 @@ def moved_by_name(module, device):
     return module._apply(lambda tensor: torch.empty_like(tensor, device=device))
 
 
-def test_a_clip_guides_the_pictures_towards_their_captions(runs, tmp_path):
-    folder = tmp_path / "clip"
+def write_clip(folder, **settings):
+    """A CLIP of random weights, in the form of OpenAI's files; returns those of the encoders."""
     folder.mkdir()
     config = {
         "logit_scale": 100.0, "image_size": SIDE, "patch_size": 4, "n_timesteps": 1000,
@@ -279,12 +279,24 @@ def test_a_clip_guides_the_pictures_towards_their_captions(runs, tmp_path):
         "n_head_state_image": 8, "n_head_image": 2, "n_xf_blocks_image": 1,
         "beta_schedule": "squaredcos_cap_v2",
     }  # fmt: skip
-    (folder / "config.yaml").write_text(json.dumps(config))
+    (folder / "config.yaml").write_text(json.dumps(config | settings))
     torch.manual_seed(0)
     clip = create_clip_model(folder / "config.yaml", "cpu")
     files = [folder / "clip_image_enc.pt", folder / "clip_text_enc.pt"]
     torch.save(clip.image_encoder.state_dict(), files[0])
     torch.save(clip.text_encoder.state_dict(), files[1])
+    return clip, files
+
+
+def test_a_clip_that_knows_other_noise_is_refused(runs, tmp_path):
+    write_clip(tmp_path / "clip", n_timesteps=100)
+    with pytest.raises(ValueError, match=r"knows noise of 100 timesteps by .* 1000 by squared"):
+        generate(config_of(runs, tmp_path / "out", clip=[str(tmp_path / "clip")]))
+
+
+def test_a_clip_guides_the_pictures_towards_their_captions(runs, tmp_path):
+    folder = tmp_path / "clip"
+    clip, files = write_clip(folder)
 
     def similarity(**settings):
         (path,) = generate(config_of(runs, tmp_path / "out", steps="15", **settings))

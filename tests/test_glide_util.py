@@ -383,3 +383,8 @@ def test_any_tokenizer_of_that_kind_will_do():
     tokens, mask = get_tokens_and_mask(StubTokenizer(), "ab", 4)
     assert tokens.tolist() == [97, 98, 0, 0]
     assert mask.tolist() == [True, True, False, False]
+
+
+def test_an_unknown_way_to_begin_is_refused():
+    with pytest.raises(ValueError, match="init is 'pretraind': give pretrained or scratch"):
+        load_model(init="pretraind")

@@ -19,8 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
-from glide_finetune.data.bad_samples import Tally
+from glide_finetune.data.bad_samples import BadSample, DataAccount, Tally
 from glide_finetune.data.caption_split import split_by_caption
+from glide_finetune.data.captions import read_captions
 from glide_finetune.data.dataloading import make_dataloader
 from glide_finetune.data.folder_index import check_folder
 from glide_finetune.data.images import to_tensor
@@ -161,6 +162,48 @@ def test_nothing_to_train_on_is_an_error_in_one_line(tmp_path, prepare, message)
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=message):
         check_folder(folder, use_captions=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fault"),
+    [
+        ("metadata.csv", "file_name;text\na.png;words\n", "names no column file_name"),
+        ("metadata.jsonl", '{"image": "a.png", "text": "words"}\n', "line 1: .*file_name"),
+    ],
+)
+def test_what_is_wrong_with_the_metadata_is_told_where_no_image_has_a_caption(
+    tmp_path, name, text, fault
+):
+    write_image(tmp_path / "sub" / "a.png", caption=None)
+    (tmp_path / "sub" / name).write_text(text)
+    with pytest.raises(ValueError, match=f"no captions in .*; sub/{name}.*{fault}"):
+        check_folder(tmp_path, use_captions=True)
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "JFIF", "avif", "jp2"])
+def test_images_are_found_by_rarer_suffixes_too(tmp_path, suffix):
+    write_image(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / f"a.{suffix}")
+    assert len(dataset(tmp_path)) == 1
+    dataset(tmp_path)[0]
+
+
+def test_a_caption_of_marks_that_show_nothing_is_blank(tmp_path):
+    write_image(tmp_path / "a.png", caption="\u200b\n a fox \n\ufeff\u200e\n")
+    assert read_captions(tmp_path / "a.txt") == ["a fox"]
+
+
+def test_a_hundred_bad_samples_are_named_and_the_rest_counted(caplog):
+    account = DataAccount()
+    for number in range(300):
+        tally = Tally(samples=3)
+        tally.skip(f"{number}", BadSample("broken"))
+        account.add(tally)
+    assert [text.split(":")[0] for text in caplog.messages[:100]] == [
+        f"skipped {number}" for number in range(100)
+    ]
+    assert caplog.messages[100:] == ["what else is skipped is counted alone"]
+    assert account.describe() == "300 unreadable images"
 
 
 def test_the_quick_check_of_a_folder_accepts_what_the_dataset_does(tmp_path):

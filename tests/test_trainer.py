@@ -658,6 +658,23 @@ def test_the_learning_rate_of_a_run_that_goes_on_with_other_batches_falls_to_its
     assert rates[-1] > 0
 
 
+def test_a_compiler_that_heard_the_signal_to_stop_is_no_error(tmp_path):
+    for compiles in (True, False):
+        trainer = tiny_trainer(tmp_path, compile=compiles)
+
+        def fail(batches, trainer=trainer):
+            trainer.stop_requested = True
+            raise RuntimeError("g++ was interrupted")
+
+        trainer.train_step = fail
+        if compiles:
+            trainer.train(Batches(2))
+            assert trainer.progress.step == 0
+        else:
+            with pytest.raises(RuntimeError, match="interrupted"):
+                trainer.train(Batches(2))
+
+
 def test_nothing_is_saved_where_no_step_was_made(tmp_path):
     trainer = tiny_trainer(tmp_path)
     trainer.stop_requested = True

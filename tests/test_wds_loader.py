@@ -187,6 +187,31 @@ def test_an_unknown_dataset_name_and_crossed_limits_are_refused(tmp_path):
         stream(shard, similarity_threshold_lower=0.5, similarity_threshold_upper=0.0)
 
 
+@pytest.mark.parametrize(
+    ("members", "settings", "message"),
+    [
+        ({"cap": b"words"}, {}, r"1 no caption; give .* captions as --wds_caption_key$"),
+        (
+            {"json": b'{"caption": "words"}'},
+            {"dataset_name": "alamy"},
+            r"1 not English; give --wds_dataset_name generic",
+        ),
+    ],
+)
+def test_where_nothing_is_left_the_flag_that_helps_is_told(tmp_path, members, settings, message):
+    shard = write_shard(tmp_path / "s.tar", {"0": {"jpg": jpeg(), **members}})
+    with pytest.raises(ValueError, match=message):
+        list(stream(shard, **settings))
+
+
+def test_where_no_shard_can_be_read_the_reason_is_told(tmp_path):
+    (tmp_path / "broken.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(
+        ValueError, match=r"1 damaged shards, such as .*broken.tar: .*; mend the da"
+    ):
+        list(stream(tmp_path / "broken.tar"))
+
+
 def test_filters_that_reject_everything_end_with_the_counts(tmp_path):
     samples = {f"{i}": one(original_width=10) for i in range(3)} | {"x": one(NSFW="NSFW")}
     shard = write_shard(tmp_path / "s.tar", samples)

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ logger = logging.getLogger(__name__)
 
 # Data is given up if more than half of so many first samples cannot be read.
 TRIAL_SAMPLES = 1000
+MOST_NAMED = 100  # of the samples that are left out, in the log
 
 
 class BadSample(ValueError):
@@ -105,15 +106,22 @@ class DataAccount:
             self._left_out[KINDS.get(skipped.kind, skipped.kind)] += 1
             if skipped.name not in self._named:
                 self._named.add(skipped.name)
-                logger.warning("skipped %s: %s", skipped.name, skipped.reason)
+                self._name(skipped)
         self._left_out += tally.filtered
         self._captions_cut += tally.captions_cut
         if self._samples < self._trial:
             unreadable = [skipped for skipped in tally.skipped if skipped.kind != "shard"]
-            self._example = self._example or next(iter(unreadable), None)
+            if self._example is None or self._example.kind == "shard":
+                self._example = next(iter(unreadable or tally.skipped), self._example)
             self._samples += tally.samples
             self._unreadable += len(unreadable)
             self._give_up_beyond(self._trial)
+
+    def _name(self, skipped: Skipped) -> None:
+        if len(self._named) <= MOST_NAMED:
+            logger.warning("skipped %s: %s", skipped.name, skipped.reason)
+        if len(self._named) == MOST_NAMED:
+            logger.warning("what else is skipped is counted alone")
 
     def end_epoch(self, *, is_whole: bool = True) -> None:
         """Log what the epoch, or the end of one, left out.
@@ -133,8 +141,13 @@ class DataAccount:
 
     @property
     def example(self) -> str:
-        """The first sample that could not be read, and why; "" if there is none."""
+        """The first sample that could not be read, or else shard, and why; "" if there is none."""
         return f"{self._example.name}: {self._example.reason}" if self._example else ""
+
+    @property
+    def reasons(self) -> Set[str]:
+        """Why this epoch has left out something so far, as `describe` names it."""
+        return self._left_out.keys()
 
     def describe(self) -> str:
         """What this epoch has left out so far, as in "30 too small, 2 unreadable images"."""

@@ -49,8 +49,14 @@ def decode_caption(data: bytes) -> str:
     return text
 
 
+def is_visible(text: str) -> bool:
+    """Whether it is more than white space and marks that show nothing, such as U+200B."""
+    return any(letter.isprintable() and not letter.isspace() for letter in text)
+
+
 def read_captions(path: str | os.PathLike) -> list[str]:
-    """The captions of a text file, one for each line that is not blank; at least one.
+    """The captions of a text file, one for each line in which there is something to see; at least
+    one.
 
     Raises BadSample if there is none, and for what is no regular file of UTF-8 text of up to
     `MAX_CAPTION_BYTES`.
@@ -60,7 +66,7 @@ def read_captions(path: str | os.PathLike) -> list[str]:
             text = decode_caption(file.read(MAX_CAPTION_BYTES + 1))
     except OSError as error:
         raise BadSample(f"the caption file cannot be read: {error.strerror}", "caption") from error
-    captions = [line.strip() for line in text.splitlines() if line.strip()]
+    captions = [line.strip() for line in text.splitlines() if is_visible(line)]
     if not captions:
         raise BadSample("the caption file is blank", "caption")
     return captions

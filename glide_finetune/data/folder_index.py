@@ -5,8 +5,7 @@ import os
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +16,10 @@ from glide_finetune.data.path_list import PathFinder, PathList
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".jfif", ".avif", ".jp2"),
+)
 CAPTION_SUFFIXES = (".txt", ".caption")  # the first one there counts
 
 MAX_NAMED = 100  # of what the index leaves out; the rest is only counted
@@ -189,9 +191,10 @@ def check_folder(folder: str | os.PathLike, use_captions: bool) -> None:
     """
     root = _existing(folder)
     images, seen, waiting = 0, set(), [""]
+    faults: list[str] = []
     while waiting:
         prefix = waiting.pop()
-        if use_captions and _metadata_names_image(root, prefix):
+        if use_captions and _metadata_names_image(root, prefix, faults):
             return
         uncaptioned, captions = set(), set()
         for kind, name in _scan(root, prefix, seen, lambda *_: None):
@@ -207,16 +210,25 @@ def check_folder(folder: str | os.PathLike, use_captions: bool) -> None:
                 if stem in uncaptioned:
                     return
                 captions.add(stem)
-    raise _nothing_found(folder, images)
+    raise _nothing_found(folder, images, faults)
 
 
-def _metadata_names_image(root: Path, prefix: str) -> bool:
+def _metadata_names_image(root: Path, prefix: str, faults: list[str]) -> bool:
+    """Whether a metadata file does; the first fault of those that do not is put into `faults`."""
     for name in METADATA_NAMES:
-        with suppress(BadSample):
-            rows = (placed.row for placed in MetadataFile(root, prefix + name).rows())
-            images = (row.image for row in rows if isinstance(row, Row))
-            if any(_kind(image) == "image" and os.path.isfile(root / image) for image in images):
-                return True
+        if not os.path.exists(root / prefix / name):
+            continue
+        fault = ""
+        try:
+            for placed in MetadataFile(root, prefix + name).rows():
+                if not isinstance(placed.row, Row):
+                    fault = fault or f"{prefix}{name}, line {placed.line}: {placed.row}"
+                elif _kind(placed.row.image) == "image" and os.path.isfile(root / placed.row.image):
+                    return True
+        except BadSample as error:
+            fault = f"{prefix}{name}: {error}"
+        if fault and not faults:
+            faults.append(fault)
     return False
 
 
@@ -228,7 +240,14 @@ def _existing(folder: str | os.PathLike) -> Path:
     return root
 
 
-def _nothing_found(folder: str | os.PathLike, without_caption: int) -> ValueError:
+def _nothing_found(
+    folder: str | os.PathLike, without_caption: int, faults: Sequence[str] = ()
+) -> ValueError:
+    if without_caption and faults:
+        return ValueError(
+            f"no captions in {folder} for its {without_caption} images; {faults[0]}"
+            " (--no-use_captions trains without)"
+        )
     if without_caption:
         return ValueError(
             f"no captions in {folder}: none of its {without_caption} images has a "

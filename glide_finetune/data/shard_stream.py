@@ -10,16 +10,18 @@ from random import Random
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.utils import pytorch_worker_info
 
-from glide_finetune.data.bad_samples import BadSample, DataAccount, Tally
+from glide_finetune.data.bad_samples import KINDS, BadSample, DataAccount, Tally
 from glide_finetune.data.captions import decode_caption
 from glide_finetune.data.metadata import parse_metadata
 from glide_finetune.data.sample_recipe import SampleRecipe
 from glide_finetune.data.shards import shard_names
 from glide_finetune.data.shared_integer import SharedInteger
 from glide_finetune.data.tar_samples import DamagedShard, TarSample, shard_samples
-from glide_finetune.data.wds_filter import word_pattern
+from glide_finetune.data.wds_filter import NOT_ENGLISH, word_pattern
 from glide_finetune.data.workers import place_among_workers
 from glide_finetune.seeds import derived_random
+
+NO_CAPTION = "no caption"
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +252,7 @@ class ShardStream(IterableDataset):
         if self.caption_in_metadata or self.caption_key:
             captions = self._captions(sample, metadata)
             if not captions:
-                return (), "no caption"
+                return (), NO_CAPTION
             if self.skip_words:
                 captions = tuple(text for text in captions if not self.skip_words.search(text))
             if not captions:
@@ -314,11 +316,19 @@ def _caption(text: object) -> str:
 
 def nothing_left(account: DataAccount) -> str:
     """What to tell when an epoch has no sample."""
-    left_out = account.describe()
-    if not left_out:
+    reasons = account.reasons
+    if not reasons:
         return "the shards hold no samples"
-    advice = "loosen the filters"
+    left_out, advice = account.describe(), []
     if account.example:
         left_out += f", such as {account.example}"
-        advice += ", mend the data, or give the suffix of its images as --wds_image_key"
-    return f"no sample of the shards can be used: {left_out}; {advice}"
+        advice.append("mend the data")
+    if KINDS["image"] in reasons:
+        advice.append("give the suffix of its images as --wds_image_key")
+    if NO_CAPTION in reasons:
+        advice.append("give the suffix of its captions as --wds_caption_key")
+    if NOT_ENGLISH in reasons:
+        advice.append("give --wds_dataset_name generic, which asks for no language")
+    if reasons - {*KINDS.values(), NO_CAPTION, NOT_ENGLISH}:
+        advice.append("loosen the filters")
+    return f"no sample of the shards can be used: {left_out}; {', or '.join(advice)}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 # Spellings of English in Alamy's language code.
+NOT_ENGLISH = "not English"
 ENGLISH = ("en", "eng", "english")
 
 
@@ -18,7 +19,7 @@ SIMILARITY = ("similarity", "SIMILARITY")
 WIDTH = ("original_width", "ORIGINAL_WIDTH", "WIDTH", "width")
 HEIGHT = ("original_height", "ORIGINAL_HEIGHT", "HEIGHT", "height")
 
-UNSAFE_RATINGS = ("NSFW", "LIKELY")
+UNSAFE_RATINGS = ("NSFW", "LIKELY", "TRUE")
 # From where on LAION's classifier takes an image for unsafe rather than safe. So it means what the
 # ratings mean, of which UNSURE passes as well; lower limits lose many harmless portraits.
 PUNSAFE_LIMIT = 0.5
@@ -95,7 +96,7 @@ def _is_unsafe(metadata: Mapping) -> bool:
 def reject_other_languages(metadata: Mapping) -> str | None:
     """Alamy's language code `lc` must name English: "en", also with a region as in "en-GB"."""
     language = re.split("[-_]", str(metadata.get("lc")).strip().lower())[0]
-    return None if language in ENGLISH else "not English"
+    return None if language in ENGLISH else NOT_ENGLISH
 
 
 def word_pattern(words: Sequence[str]) -> re.Pattern | None:

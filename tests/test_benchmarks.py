@@ -1,6 +1,9 @@
-"""The yardstick of the benchmarks computes what the models compute."""
+"""The benchmarks: their scripts start, and their yardstick computes what the models compute."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,8 @@ import torch
 from benchmarks.naive_glide import make_naive
 from glide_finetune.batch_losses import batch_losses
 from tiny_training import tiny_batch, tiny_model
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.mark.parametrize("model_type", ["base", "upsample"])
@@ -29,3 +34,13 @@ def test_the_naive_model_has_the_losses_and_gradients_of_ours(model_type, option
     (loss, gradients), (naive_loss, naive_gradients) = found
     torch.testing.assert_close(loss, naive_loss, rtol=1e-5, atol=0)
     assert (gradients - naive_gradients).norm() < 1e-4 * naive_gradients.norm()
+
+
+@pytest.mark.parametrize(
+    "script",
+    sorted({path.name for path in BENCHMARKS.glob("*.py")} - {"naive_glide.py", "side_by_side.py"}),
+)
+def test_every_benchmark_can_be_started(script):
+    command = [sys.executable, str(BENCHMARKS / script), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage:")
