@@ -41,8 +41,9 @@ class BadSteps:
         """Take the state of an earlier process."""
         self.mean_loss, self.steps_in_mean = state["mean_loss"], state["steps_in_mean"]
 
-    def is_bad(self, progress: Progress, loss: float, grad_norm: float, keys: list[str]) -> bool:
-        """Whether to skip the next step after `progress`, which is brought up to date.
+    def judge(self, progress: Progress, loss: float, grad_norm: float, keys: list[str]) -> bool:
+        """Take in the step that comes after `progress`, which is brought up to date; whether to
+        skip it.
 
         Args:
             loss, grad_norm: those of the step.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from glide_finetune.inpaint_masks import random_masks
-from glide_finetune.losses import TrainingLosses, quartile_sums, training_losses
+from glide_finetune.losses import TrainingLosses, quarter_sums, training_losses
 from glide_text2im.gaussian_diffusion import GaussianDiffusion
 
 
@@ -93,7 +93,7 @@ class LossMeter:
     def add(self, losses: Losses, timesteps: Tensor) -> None:
         """Take in the losses of a batch at its `timesteps`, int64 (B,) on their device."""
         terms = losses.terms
-        quarters = [quartile_sums(term, timesteps, self.num_timesteps) for term in terms.values()]
+        quarters = [quarter_sums(term, timesteps, self.num_timesteps) for term in terms.values()]
         sums, counts = zip(*quarters, strict=True)
         self._names = list(terms)
         self._sums = self._sums + torch.stack(sums)

@@ -1,11 +1,19 @@
-"""Which options a noise-aware CLIP is built with: the released sizes, smaller presets.
+"""Which options a noise-aware CLIP is built with, and which files it is in.
 
 Nothing here imports torch.
 """
 
 import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from glide_finetune.config import ConfigError
+from glide_finetune.runs import ARGS_NAME
+
+CLIP_KIND = "clip"  # of the models in the descriptions of checkpoints
+CLIP_FILES = ("clip_image_enc.pt", "clip_text_enc.pt")
+CLIP_CONFIG = "config.yaml"  # of the network's size, beside the encoders where it is another one
 
 # The options of the released model: the keys and values of glide_text2im/clip/config.yaml.
 RELEASED_OPTIONS: dict[str, Any] = {
@@ -98,3 +106,19 @@ def check_clip_options(options: Mapping[str, Any]) -> None:
             f"image_size {options['image_size']} is no multiple of patch_size "
             f"{options['patch_size']}"
         )
+
+
+def clip_paths(given: list[str]) -> list[Path]:
+    """The files of CLIP's image and text encoders that `--clip` names, or the one path of a run
+    folder or of a checkpoint in it."""
+    paths = [Path(path).expanduser() for path in given]
+    if len(paths) == 1:
+        if paths[0].is_file() or (paths[0] / ARGS_NAME).exists():
+            return paths
+        paths = [paths[0] / name for name in CLIP_FILES]
+    if len(paths) != 2:
+        raise ConfigError(
+            f"--clip has {len(paths)} paths; give a folder, or the files of the image and the text "
+            "encoder"
+        )
+    return paths

@@ -8,9 +8,9 @@ import torch
 from glide_finetune import weights
 from glide_finetune.atomic_files import atomic_file, read_json
 from glide_finetune.checkpoints import newest_checkpoint
-from glide_finetune.generate_config import CLIP_CONFIG, CLIP_FILES, RELEASED, clip_paths
-from glide_finetune.model_options import described_model, description_path
-from glide_finetune.noisy_clip_config import CLIP_KIND, ClipConfig
+from glide_finetune.clip_options import CLIP_CONFIG, CLIP_FILES, CLIP_KIND, clip_paths
+from glide_finetune.model_options import RELEASED, described_model, description_path
+from glide_finetune.noisy_clip_config import ClipConfig
 from glide_text2im.clip.model_creation import CLIPModel, create_clip_model
 from glide_text2im.download import load_checkpoint
 

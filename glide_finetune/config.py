@@ -72,7 +72,7 @@ class TrainConfig:
     side_y: int = flag(64, "-y", group=DATA, metavar="PIXELS", help="height of the base image")
     resize_ratio: float = flag(0.8, "-crop", group=DATA, metavar="R",
         help="smallest random crop, as a share of the area of the largest crop of that shape")
-    random_hflip: bool = flag(False, group=DATA, help="mirror every other image at random")
+    random_hflip: bool = flag(False, group=DATA, help="mirror each image with a chance of one half")
     num_workers: int | None = flag(None, group=DATA, metavar="N",
         help="processes that load data (default: one less than the cores, 8 at most)")
     use_webdataset: bool = flag(False, "-wds", group=DATA,
@@ -82,7 +82,7 @@ class TrainConfig:
     wds_caption_key: str = flag("txt", "-wds_cap", group=DATA, metavar="KEY",
         help="extension of the captions in the shards")
     wds_dataset_name: str = flag("laion", "-wds_name", group=DATA, choices=DATASET_NAMES,
-        help="whose metadata the shards carry; generic: none is read")
+        help="whose metadata the shards carry; generic: nothing is left out by them")
     wds_min_size: int | None = flag(None, group=DATA, metavar="PIXELS",
         help="smallest original width and height in LAION's metadata "
              "(default: those of the images to train on)")
@@ -102,7 +102,8 @@ class TrainConfig:
              "0: an epoch is one pass over them")
 
     model_preset: str = flag("glide", group=MODEL, choices=tuple(MODEL_PRESETS),
-        help="size of the model: glide has the released sizes, small about 25 M parameters")
+        help="size of the model: glide has the released sizes, small about 25 M parameters; "
+             "tiny is for tests")
     model_options: dict[str, Any] = flag({}, group=MODEL, nargs="+", metavar="KEY=VALUE",
         help="options of the model that differ from the preset's")
     init: str = flag("pretrained", group=MODEL, choices=("pretrained", "scratch"),
@@ -134,7 +135,7 @@ class TrainConfig:
         help="passes whose gradients make up one optimizer step")
     epochs: int = flag(20, "-epochs", group=TRAINING, metavar="N", help="passes over the data")
     max_steps: int = flag(0, group=TRAINING, metavar="N",
-        help="end after the optimizer step of this number whatever --epochs says, 0 for no limit")
+        help="end after this optimizer step, unless --epochs ends the run before; 0 for no limit")
     learning_rate: float = flag(2e-5, "-lr", group=TRAINING, metavar="LR", help="of AdamW")
     lr_schedule: str = flag("constant", group=TRAINING, choices=("constant", "cosine"),
         help="after the warm-up: stay, or fall to zero at the last step")
@@ -258,7 +259,7 @@ class TrainConfig:
 
     @property
     def state_advice(self) -> list[str]:
-        """Those that let weights, gradients and moments take less, what helps most first."""
+        """Changes that let weights, gradients and moments take less, what helps most first."""
         advice = []
         if not self.low_memory:
             bf16 = " and --precision bf16" if self.precision == "fp16" else ""

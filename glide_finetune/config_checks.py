@@ -138,8 +138,8 @@ def check_combinations(config: TrainConfig, start: Start) -> None:
             f"--wds_epoch_samples is {config.wds_epoch_samples}, which makes no batch of "
             f"{config.batch_size}; give at least that many"
         )
-    told = config.max_steps or config.wds_epoch_samples
-    if config.lr_schedule == "cosine" and config.use_webdataset and not told:
+    length_is_known = config.max_steps or config.wds_epoch_samples
+    if config.lr_schedule == "cosine" and config.use_webdataset and not length_is_known:
         raise ConfigError(
             "--lr_schedule cosine needs its last step, which shards do not tell: add --max_steps "
             "or --wds_epoch_samples"
@@ -201,7 +201,7 @@ def _check_start(config: TrainConfig, start: Start) -> None:
                 f"--resume_ckpt: the run {start.run_dir} trains a model of kind {kind}, not one of "
                 f"kind {config.model_type}; {_way_to_train(kind, config)}, or start from a .pt file"
             )
-    elif not start.run_dir and config.init == "pretrained":
+    elif config.init == "pretrained":
         released = released_options(config.model_type)
         other = [
             key

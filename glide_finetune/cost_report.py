@@ -84,7 +84,7 @@ def _room(device: torch.device, room: int | None) -> str:
     total = total_memory(device)
     if room is None or total is None:
         return ""
-    return f"of {gigabytes(total)}, of which {gigabytes(room)} are there for it"
+    return f"of {gigabytes(total)} in all, {gigabytes(room)} of them available"
 
 
 def gigabytes(count: int) -> str:

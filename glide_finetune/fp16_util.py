@@ -1,7 +1,8 @@
-"""The one place that decides in which precision a model computes.
+"""How training computes in half precision: autocast, loss scaling, and weights kept in bf16.
 
-Weights, gradients, optimizer and losses are float32, whatever the precision. `bf16` and `fp16` run
-the forward and backward passes under autocast; fp16 also needs its loss scaled, so that small
+In which dtype each layer computes then, `glide_text2im/nn.py` decides. Weights, gradients,
+optimizer and losses are float32 unless `keep_in_bf16` is asked for. `bf16` and `fp16` run the
+forward and backward passes under autocast; fp16 also needs its loss scaled, so that small
 gradients survive (Micikevicius et al. 2018, Mixed Precision Training). On CUDA, fp32 is what torch
 makes of it: matrix products in float32, convolutions in TF32, which has 10 bits of fraction, unless
 `torch.backends.cudnn.allow_tf32` is off.

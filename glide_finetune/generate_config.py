@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from glide_finetune.clip_options import CLIP_FILES, clip_paths
 from glide_finetune.config import (
     PRECISIONS,
     SAMPLER_NAMES,
@@ -28,14 +29,10 @@ from glide_finetune.config_checks import (
     check_writable,
     image_size,
 )
-from glide_finetune.model_options import described_model, released_options
-from glide_finetune.runs import ARGS_NAME, read_args
+from glide_finetune.model_options import RELEASED, described_model, released_options
+from glide_finetune.runs import read_args
 from glide_finetune.text_settings import read_lines, text_of
 from glide_text2im.timesteps import space_timesteps
-
-RELEASED = "released"  # in place of a path: OpenAI's weights
-CLIP_FILES = ("clip_image_enc.pt", "clip_text_enc.pt")
-CLIP_CONFIG = "config.yaml"  # of the network's size, beside the encoders where it is another one
 
 WHAT = "what to draw"
 MODELS = "models"
@@ -204,22 +201,6 @@ def check(config: GenerateConfig) -> None:
                 f"--inpaint_mask has {mask} pixels, the image {image}: give a mask of its size"
             )
     check_writable("output_dir", config.output_dir)
-
-
-def clip_paths(given: list[str]) -> list[Path]:
-    """The files of CLIP's image and text encoders that `--clip` names, or the one path of a run
-    folder or of a checkpoint in it."""
-    paths = [Path(path).expanduser() for path in given]
-    if len(paths) == 1:
-        if paths[0].is_file() or (paths[0] / ARGS_NAME).exists():
-            return paths
-        paths = [paths[0] / name for name in CLIP_FILES]
-    if len(paths) != 2:
-        raise ConfigError(
-            f"--clip has {len(paths)} paths; give a folder, or the files of the image and the text "
-            "encoder"
-        )
-    return paths
 
 
 def _check_model(name: str, given: str, kind: str) -> int:

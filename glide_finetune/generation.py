@@ -31,14 +31,9 @@ from glide_finetune.config import absolute
 from glide_finetune.data import images
 from glide_finetune.devices import pick_device
 from glide_finetune.fp16_util import Precision
-from glide_finetune.generate_config import (
-    RELEASED,
-    GenerateConfig,
-    check,
-    check_stage,
-)
+from glide_finetune.generate_config import GenerateConfig, check, check_stage
 from glide_finetune.glide_util import load_model
-from glide_finetune.model_options import described_model
+from glide_finetune.model_options import RELEASED, described_model
 from glide_finetune.runs import read_args
 from glide_finetune.samplers import pick_sampler
 from glide_finetune.samples import labelled_grid

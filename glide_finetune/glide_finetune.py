@@ -10,7 +10,7 @@ from torch import nn
 
 from glide_finetune.batch_losses import batch_losses
 from glide_finetune.config import TrainConfig
-from glide_finetune.glide_util import read_image
+from glide_finetune.data.images import read_image
 from glide_finetune.metrics import MetricsLog, read_metrics
 from glide_finetune.random_state import seeded
 from glide_finetune.samples import SampleDrawer

@@ -149,7 +149,7 @@ def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Te
     return probability.clamp(min=1e-12).log()
 
 
-def quartile_sums(losses: Tensor, timesteps: Tensor, num_timesteps: int) -> tuple[Tensor, Tensor]:
+def quarter_sums(losses: Tensor, timesteps: Tensor, num_timesteps: int) -> tuple[Tensor, Tensor]:
     """Sum of the losses and number of samples in each quarter of the timesteps.
 
     Of losses [B] at indices `timesteps` [B], as two float32 tensors [4] on their device, without

@@ -19,6 +19,8 @@ from glide_text2im.defaults import (
 
 logger = logging.getLogger(__name__)
 
+RELEASED = "released"  # in place of a path: OpenAI's weights
+
 MODEL_TYPES = ("base", "upsample", "base-inpaint", "upsample-inpaint")
 # An inpainting model may start from the weights of a kind that has all its layers, with fewer
 # channels in the first.

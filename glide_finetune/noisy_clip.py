@@ -170,6 +170,9 @@ def clip_job(config: ClipConfig, origin: Origin, device: torch.device) -> Job:
             model.logit_scale.clamp_(max=MOST_LOGIT_SCALE)
 
     optimizer.register_step_post_hook(limit_scale)
+    validate = None
+    if data.validation is not None:
+        validate = RetrievalValidator(data.validation, config.seed)
     trainer = Trainer(
         model,
         create_gaussian_diffusion(options["n_timesteps"], options["beta_schedule"], ""),
@@ -177,7 +180,7 @@ def clip_job(config: ClipConfig, origin: Origin, device: torch.device) -> Job:
         config,
         options=options,
         device=device,
-        validate=data.validation and RetrievalValidator(data.validation, config.seed),
+        validate=validate,
         losses=clip_losses,
     )
     return Job(trainer, data, origin, at_end=_write_encoders)

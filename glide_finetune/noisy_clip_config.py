@@ -18,10 +18,14 @@ from glide_finetune.arguments import (
     saved_settings,
 )
 from glide_finetune.clip_options import (
+    CLIP_CONFIG,
+    CLIP_FILES,
+    CLIP_KIND,
     CLIP_PRESETS,
     FIRST_LOGIT_SCALE,
     RELEASED_OPTIONS,
     check_clip_options,
+    clip_paths,
     parse_clip_option,
 )
 from glide_finetune.config import (
@@ -43,12 +47,10 @@ from glide_finetune.config_checks import (
     check_files,
     check_ranges,
 )
-from glide_finetune.generate_config import CLIP_CONFIG, CLIP_FILES, RELEASED, clip_paths
-from glide_finetune.model_options import described_model
+from glide_finetune.model_options import RELEASED, described_model
 from glide_finetune.runs import Start, interpret_resume, read_args
 
 PROGRAM = "python -m glide_finetune.noisy_clip_finetune"
-CLIP_KIND = "clip"  # of the models in the descriptions of checkpoints
 
 
 @dataclass

@@ -18,7 +18,7 @@ class Progress:
     step: optimizer steps, those included that were skipped, and those before the run where it
     began with the training state of another one: `first_step`. images: trained on.
     skipped_steps: whose loss or gradient was not finite, or whose loss was a spike;
-    skipped_in_a_row: the last of them.
+    skipped_in_a_row: how many of them came one after the other, up to the last step.
     left_out: how many samples the data left out, and captions were cut, as in `Tally.metrics`.
     """
 
@@ -33,8 +33,8 @@ class Progress:
 
 
 class StepTimer:
-    """Passes batches on and takes the time of steps: that between `start` and `metrics`, in which
-    the batches of the next step are fetched, but not samples drawn or checkpoints saved.
+    """Passes batches on and times steps, from `start` to `metrics`. That includes fetching the
+    batches of the next step, but not drawing samples or saving.
     """
 
     def __init__(self, loader: Iterable) -> None:
@@ -64,8 +64,8 @@ class StepTimer:
 
 
 def set_epoch_of_datasets(loader: Any, epoch: int) -> None:
-    """Call `set_epoch` of the dataset of a torch DataLoader, if it has that, or of those that torch
-    has put together to it."""
+    """Call `set_epoch` of the dataset of a torch DataLoader, if it has that, or of the datasets
+    inside of a Subset, ConcatDataset or ChainDataset."""
     datasets = [getattr(loader, "dataset", None)]
     while datasets:
         dataset = datasets.pop()

@@ -220,7 +220,7 @@ class Trainer:
         self._count_epoch()  # of which a resumed run found nothing left
 
     def _saving_if_it_fails(self, batches: Iterable) -> Iterator[Any]:
-        """Passes batches on, as the data can fail only between two steps."""
+        """Passes batches on; where the data fails, saves first, since no step is half made then."""
         with self._saved_at_error():
             yield from batches
 
@@ -270,7 +270,7 @@ class Trainer:
         grad_norm = clip_gradients(self.model.parameters(), self.config.max_grad_norm or math.inf)
         metrics = meter.means(grad_norm=grad_norm) | {"lr": learning_rate}
         keys = sample_keys(batches)
-        if not self._bad_steps.is_bad(self.progress, metrics["loss"], metrics["grad_norm"], keys):
+        if not self._bad_steps.judge(self.progress, metrics["loss"], metrics["grad_norm"], keys):
             self._updating = True
             self.scaler.step(self.optimizer)
             if self.ema:
@@ -281,6 +281,7 @@ class Trainer:
         self.progress.step += 1
         self.progress.batch += len(batches)
         self.progress.images += images
+        metrics["images"] = self.progress.images
         left_out = Counter(self.progress.left_out)
         for batch in batches:
             left_out.update(getattr(batch, "left_out", {}))

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from glide_finetune.data import fingerprint
 from glide_finetune.data.captions import Tokenizer
 from glide_finetune.data.dataloading import FolderBatches, ShardBatches, make_dataloader
 from glide_finetune.data.folder_dataset import TextImageDataset
+from glide_finetune.data.images import read_image
 from glide_finetune.data.shard_stream import ShardStream
 from glide_finetune.data.validation_split import hold_back, split_validation
 from glide_finetune.text_settings import read_skip_words
@@ -28,7 +30,8 @@ class TrainingData:
 
     loader: batches, with the keys of their samples last.
     validation: items without keys and without anything random, if there is validation.
-    low_res: (1, 3, side_y, side_x) in [-1, 1], for the samples of an upsampler.
+    low_res: (1, 3, side_y, side_x) in [-1, 1], what the samples of an upsampler are made from: the
+        image that is asked for, or one that is held back.
     example: the tensors of one item, (tokens, mask, images) or (tokens, mask, low_res, high_res),
         of the validation data if there is any.
     description: one line about it all.
@@ -65,11 +68,14 @@ def make_training_data(
         validation = make_dataset(config.val_data_dir, config, tokenizer=tokenizer).for_evaluation()
     elif config.val_fraction:
         training, validation = split(training, config.val_fraction, config.seed)
-    if config.train_upsample and not config.image_to_upsample:
+    if config.image_to_upsample:
+        low_res = _image_to_upsample(config)
+    elif config.train_upsample:
         training, low_res = _held_back_low_res(training, validation, config.seed)
-    # So that wrong keys, and filters that let nothing pass, are found before anything else is made.
-    for dataset in filter(None, (training, validation)):
-        example = next(iter(dataset.for_evaluation()))
+    # Wrong keys, and filters that let nothing pass, are found before anything else is made.
+    example = next(iter(training.for_evaluation()))
+    if validation is not None:
+        example = next(iter(validation.for_evaluation()))
     if not isinstance(training, ShardStream) and len(training) < config.batch_size:
         logger.warning(
             "--batch_size is %d, but there are %d samples: a batch holds them several times, in "
@@ -159,6 +165,14 @@ def _shards(urls: str, config: TrainConfig, **keywords: Any) -> ShardStream:
         random_hflip=config.random_hflip,
         **keywords,
     )
+
+
+def _image_to_upsample(config: TrainConfig) -> torch.Tensor:
+    path = Path(config.image_to_upsample).expanduser()
+    try:
+        return read_image(path, (config.side_x, config.side_y))
+    except ValueError as error:
+        raise ValueError(f"--image_to_upsample: {error}") from None
 
 
 def _held_back_low_res(

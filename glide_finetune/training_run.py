@@ -15,7 +15,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from glide_finetune import demo
 from glide_finetune.atomic_files import remove_temporary
 from glide_finetune.config import DATA, TRAINING, TrainConfig, recorded
-from glide_finetune.data.images import read_image
 from glide_finetune.devices import check_compiler, pick_device
 from glide_finetune.folder_lock import locked
 from glide_finetune.fp16_util import keep_in_bf16
@@ -62,14 +61,12 @@ class Job:
     trainer: as it is before a checkpoint is restored.
     data: what it trains on.
     origin: what it goes on from; without the training state where that cannot be used.
-    low_res: as in `TrainingData`, for the samples of an upsampler.
     at_end: called with the run's folder when its last checkpoint is written.
     """
 
     trainer: Trainer
     data: TrainingData
     origin: Origin
-    low_res: torch.Tensor | None = None
     at_end: Callable[[Path], None] | None = None
 
 
@@ -124,7 +121,7 @@ def _run(
     write_args(run_folder, settings)
     if config.log_frequency:
         trainer.draw_samples = SampleDrawer(
-            config, trainer.options, run_folder / SAMPLES_NAME, job.low_res,
+            config, trainer.options, run_folder / SAMPLES_NAME, data.low_res,
             example=data.example if config.train_inpaint else None,
         )  # fmt: skip
     trainer.log = MetricsLog(
@@ -160,7 +157,6 @@ def glide_job(config: TrainConfig, origin: Origin, device: torch.device) -> Job:
     checkpoint = origin.checkpoint
     # first the data, since mistakes in it should not have to wait for a download
     data = make_training_data(config, device)
-    low_res = image_to_upsample(config, data)
     origin = widened(origin, config)
     model, diffusion, options = load_model(
         str(checkpoint.weights) if checkpoint else "",
@@ -175,6 +171,9 @@ def glide_job(config: TrainConfig, origin: Origin, device: torch.device) -> Job:
     )
     if config.low_memory:
         keep_in_bf16(model)
+    validate = None
+    if data.validation is not None:
+        validate = Validator(data.validation, config, diffusion.num_timesteps)
     trainer = Trainer(
         model,
         diffusion,
@@ -182,9 +181,9 @@ def glide_job(config: TrainConfig, origin: Origin, device: torch.device) -> Job:
         config,
         options=options,
         device=device,
-        validate=data.validation and Validator(data.validation, config, diffusion.num_timesteps),
+        validate=validate,
     )
-    return Job(trainer, data, origin, low_res)
+    return Job(trainer, data, origin)
 
 
 def go_on(trainer: Trainer, origin: Origin) -> None:
@@ -202,17 +201,6 @@ def go_on(trainer: Trainer, origin: Origin) -> None:
             f"step {trainer.progress.step} already: give a higher one, or --weights_only, which "
             "counts from 0"
         )
-
-
-def image_to_upsample(config: TrainConfig, data: TrainingData) -> torch.Tensor | None:
-    """What an upsampler's samples are made from: the image that is asked for, or held-back data."""
-    if not config.image_to_upsample:
-        return data.low_res
-    path = Path(config.image_to_upsample).expanduser()
-    try:
-        return read_image(path, (config.side_x, config.side_y))
-    except ValueError as error:
-        raise ValueError(f"--image_to_upsample: {error}") from None
 
 
 def announce(trainer: Trainer, data: TrainingData) -> None:

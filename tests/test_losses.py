@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from glide_finetune.losses import quartile_sums, timestep_weights, training_losses
+from glide_finetune.losses import quarter_sums, timestep_weights, training_losses
 from glide_text2im.gaussian_diffusion import get_named_beta_schedule
 from glide_text2im.respace import SpacedDiffusion, space_timesteps
 
@@ -127,16 +127,16 @@ def test_the_signal_to_noise_ratio_is_that_of_the_noised_images():
     assert torch.allclose(d.snr(t), (mean**2 / variance)[:, 0], rtol=1e-3)
 
 
-def test_quartile_sums_split_the_losses_at_quarters_of_the_timesteps():
+def test_quarter_sums_split_the_losses_at_quarters_of_the_timesteps():
     timesteps = torch.tensor([0, 249, 250, 499, 500, 749, 750, 999, 999])
-    sums, counts = quartile_sums(torch.arange(1.0, 10.0), timesteps, 1000)
+    sums, counts = quarter_sums(torch.arange(1.0, 10.0), timesteps, 1000)
     assert sums.tolist() == [1 + 2, 3 + 4, 5 + 6, 7 + 8 + 9]
     assert counts.tolist() == [2, 2, 2, 3]
 
 
-def test_quartile_sums_keep_bad_losses_and_gradients_to_themselves():
+def test_quarter_sums_keep_bad_losses_and_gradients_to_themselves():
     losses = torch.tensor([1.0, float("nan"), float("inf")], requires_grad=True)
-    sums, counts = quartile_sums(losses, torch.tensor([0, 30, 99]), 100)
+    sums, counts = quarter_sums(losses, torch.tensor([0, 30, 99]), 100)
     assert not sums.requires_grad
     assert (sums[0], counts[0]) == (1, 1)
     assert sums[1].isnan()

@@ -160,7 +160,7 @@ class FolderBatches:
     def __init__(self, dataset: TextImageDataset, order: _FolderEpoch, **workers: Any) -> None:
         self._epoch = order
         self._account = dataset.account.again(order.batches * order.batch_size)
-        self._unlisted = dataset.index.metrics()
+        self._left_out_by_index = dataset.index.metrics()
         self._loader = worker_loader(_FolderDraws(dataset), batch_sampler=self._epoch, **workers)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
@@ -171,14 +171,14 @@ class FolderBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         is_whole = self._epoch.start_batch == 0
-        unlisted = self._unlisted if is_whole else Counter()
+        left_out = self._left_out_by_index if is_whole else Counter()
         for message in received_from(self._loader):
             self._account.add(message.tally)
             if message.error:
                 raise ValueError(message.error)
             batch = _received(message)
-            batch.left_out += unlisted
-            unlisted = Counter()
+            batch.left_out += left_out
+            left_out = Counter()
             yield batch
         self._account.end_epoch(is_whole=is_whole)
 
