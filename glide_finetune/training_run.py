@@ -251,7 +251,11 @@ def warn_of_changes(origin: Origin, now: dict[str, Any], config: TrainConfig) ->
     """
     described = origin.description if origin.brings_training_state else {}
     before = origin.settings
-    of_interest = [field for field in fields(config) if not field.metadata["once"]]
+    of_interest = [
+        field
+        for field in fields(config)
+        if not field.metadata["once"] and field.name != "checkpoints_dir"  # the run may be moved
+    ]
     if not origin.run_dir:  # a new run has its own folders, samples and intervals
         before = described.get("settings", {})
         of_interest = [f for f in of_interest if f.metadata["group"] in (DATA, TRAINING)]
