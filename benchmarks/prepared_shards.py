@@ -28,8 +28,8 @@ from glide_finetune.config import TrainConfig
 from glide_finetune.data.dataloading import make_dataloader
 from glide_finetune.data.images import read_crop
 from glide_finetune.data.metadata import parse_metadata
-from glide_finetune.data.preparation import prepare
 from glide_finetune.data.tar_samples import shard_samples
+from glide_finetune.preparation import prepare
 from glide_finetune.wds_loader import glide_wds_loader
 
 REPETITIONS = 7

@@ -97,7 +97,7 @@ def existing_part(folder: Path) -> Path:
 
 def remove_temporary(folder: Path) -> list[Path]:
     """Delete what killed writers left in `folder`; call it while nobody writes there."""
-    leftovers = sorted(folder.glob(f"*{TEMPORARY_SUFFIX}"))
+    leftovers = sorted(path for path in folder.glob(f"*{TEMPORARY_SUFFIX}") if path.is_file())
     for path in leftovers:
         path.unlink(missing_ok=True)
     return leftovers

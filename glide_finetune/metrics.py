@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -197,8 +198,10 @@ def _rewind(path: Path, step: int | None) -> None:
 def _wandb_id(run_dir: Path) -> str:
     """The id of this run's wandb run, made once."""
     path = run_dir / WANDB_ID_NAME
-    if path.exists() and (run_id := path.read_text(encoding="utf-8").strip()):
-        return run_id
+    if path.exists():
+        run_id = path.read_text(encoding="utf-8", errors="replace").strip()
+        if re.fullmatch(r"[\w-]+", run_id, re.ASCII):  # else the file is damaged
+            return run_id
     run_id = secrets.token_hex(4)
     with atomic_file(path) as file:
         file.write(run_id.encode("utf-8"))

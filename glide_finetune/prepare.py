@@ -85,7 +85,7 @@ def _prepare(typed: dict[str, Any]) -> int:
     if typed["shard_size"] < 1:
         raise ConfigError(f"--shard_size is {typed['shard_size']}; give a number of at least 1")
     # torch takes seconds to import, so it waits until the settings are known to be right
-    from glide_finetune.data.preparation import prepare
+    from glide_finetune.preparation import prepare
 
     prepare(
         TrainConfig(**settings),

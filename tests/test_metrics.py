@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import resource
 import sys
 import threading
@@ -207,6 +208,15 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run_and_never_backwards(tmp_pat
     assert first["id"] == second["id"] == (tmp_path / "wandb_id.txt").read_text()
     assert second["resume"] == "allow"
     assert [step for step, _ in fake_wandb.run.logged] == [7, 8]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"a b\n"])
+def test_a_damaged_id_makes_another_wandb_run(tmp_path, fake_wandb, content):
+    (tmp_path / "wandb_id.txt").write_bytes(content)
+    wandb_log(tmp_path).close()
+    (arguments,) = fake_wandb.inits
+    assert re.fullmatch("[0-9a-f]{8}", arguments["id"])
+    assert (tmp_path / "wandb_id.txt").read_text() == arguments["id"]
 
 
 def test_another_run_is_another_wandb_run(tmp_path, fake_wandb):

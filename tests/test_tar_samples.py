@@ -5,6 +5,7 @@ import functools
 import gzip
 import http.server
 import io
+import os
 import socket
 import tarfile
 import threading
@@ -169,8 +170,9 @@ def test_names_become_one_line_of_text(tmp_path):
     assert list(read(path)[0]) == ["a\\nb\\x1b[1m", "caf\\xe9"]
 
 
-def test_a_folder_or_nothing_in_place_of_a_shard_is_damaged(tmp_path):
-    assert read(tmp_path)[1] == "Is a directory"
+def test_a_folder_a_fifo_or_nothing_in_place_of_a_shard_is_damaged(tmp_path):
+    os.mkfifo(tmp_path / "fifo.tar")  # at which nobody waits for a writer
+    assert read(tmp_path / "fifo.tar")[1] == read(tmp_path)[1] == "not a regular file"
     assert read(tmp_path / "none.tar")[1] == "No such file or directory"
 
 

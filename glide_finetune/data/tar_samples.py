@@ -19,6 +19,7 @@ from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext
 
 from glide_finetune.data.bad_samples import in_one_line
+from glide_finetune.data.regular_files import open_regular
 from glide_finetune.data.shards import is_remote
 
 MAX_MEMBER_BYTES = 2**29  # no image is larger; where a header says so, it is damaged or hostile
@@ -114,7 +115,7 @@ def _open(
     if shard.startswith("pipe:"):
         return _command_output(shard.removeprefix("pipe:"))
     if not is_remote(shard):
-        return open(shard, "rb")
+        return open_regular(shard)
     if cache_path is not None:
         return open(_cached(shard, Path(cache_path)), "rb")
     return _open_url(shard)

@@ -31,9 +31,9 @@ from glide_finetune.config import FIELDS, ConfigError, TrainConfig, absolute
 from glide_finetune.data.bad_samples import KINDS, BadSample, DataAccount, Tally, describe_counts
 from glide_finetune.data.images import read_prepared
 from glide_finetune.data.shard_stream import PREPARED_FROM, SEVERAL_CAPTIONS
-from glide_finetune.data.stored_samples import FolderSource, Sample, ShardSource, Source, Task
 from glide_finetune.data.workers import received_from, worker_loader
 from glide_finetune.folder_lock import LOCK_NAME, locked
+from glide_finetune.stored_samples import FolderSource, Sample, ShardSource, Source, Task
 
 logger = logging.getLogger(__name__)
 
