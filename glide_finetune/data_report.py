@@ -19,7 +19,7 @@ from glide_finetune.data.bad_samples import KINDS, TRIAL_SAMPLES
 from glide_finetune.data.captions import Tokenizer, default_tokenizer
 from glide_finetune.data.folder_dataset import TextImageDataset
 from glide_finetune.data.folder_index import FolderIndex
-from glide_finetune.data.survey import MOST_NAMES, Some, Survey, survey
+from glide_finetune.data.survey import MOST_NAMES, Examples, Survey, survey
 from glide_finetune.data.validation_split import split_validation
 from glide_finetune.samples import labelled_grid
 from glide_finetune.training_data import Split, make_dataset, make_training_data
@@ -138,14 +138,14 @@ def describe_index(index: FolderIndex) -> list[Line]:
 
 
 def _extent(found: Survey) -> str:
-    if found.of == found.samples:
+    if found.dataset_size == found.samples:
         return ""
-    text = f"of {found.of:,}" if found.of else "the first ones"
+    text = f"of {found.dataset_size:,}" if found.dataset_size else "the first ones"
     return text + (", as you stopped the look" if found.interrupted else "")
 
 
-def _line_of(name: str, some: Some) -> Line:
-    return Line(name, some.count, _listed(some.names, some.count))
+def _line_of(name: str, examples: Examples) -> Line:
+    return Line(name, examples.count, _listed(examples.names, examples.count))
 
 
 def _listed(names: Sequence[str], count: int) -> str:

@@ -284,7 +284,7 @@ def test_of_a_large_folder_evenly_spread_samples_are_looked_at(monkeypatch):
     Path("data/027.png").write_bytes(b"")
     monkeypatch.setattr(survey_module, "MOST_SAMPLES", 10)
     found = survey(dataset(), 0)
-    assert (found.samples, found.of, found.usable) == (10, 30, 9)
+    assert (found.samples, found.dataset_size, found.usable) == (10, 30, 9)
     (some,) = found.skipped.values()
     assert some.names == ["027.png"]
 
@@ -314,7 +314,7 @@ def test_an_interrupted_look_tells_what_was_seen_so_far():
     found = survey(dataset(Interrupting()), 0)
     assert found.interrupted
     assert 0 < found.samples == found.usable < 40
-    assert found.of == 50
+    assert found.dataset_size == 50
     config = parse_config([*SMALL, "--data_dir", "data"])
     (line, *_) = data_report.describe(found, config)
     assert line.remark == "of 50, as you stopped the look"

@@ -26,7 +26,7 @@ MOST_NAMES = 3  # kept as examples of each thing
 
 
 @dataclass
-class Some:
+class Examples:
     """How many samples something is true of, and the names of the first of them."""
 
     count: int = 0
@@ -43,7 +43,7 @@ class Survey:
     """What a look at a data set has found.
 
     samples: looked at, those included that are skipped or filtered.
-    of: how many there are; None where that is not known.
+    dataset_size: how many there are; None where that is not known.
     interrupted: whether the user ended it.
     usable: samples to train on.
     skipped: samples and shards that cannot be read, by the kind of fault and its reason; reasons
@@ -56,20 +56,20 @@ class Survey:
     """
 
     samples: int = 0
-    of: int | None = None
+    dataset_size: int | None = None
     interrupted: bool = False
     usable: int = 0
-    skipped: dict[tuple[str, str], Some] = field(default_factory=dict)
+    skipped: dict[tuple[str, str], Examples] = field(default_factory=dict)
     filtered: Counter[str] = field(default_factory=Counter)
     caption_lengths: Counter[int] = field(default_factory=Counter)
-    cut: Some = field(default_factory=Some)
-    small: Some = field(default_factory=Some)
+    cut: Examples = field(default_factory=Examples)
+    small: Examples = field(default_factory=Examples)
     smallest: tuple[int, int] | None = None
-    copies: Some = field(default_factory=Some)
+    copies: Examples = field(default_factory=Examples)
 
 
-class _Seen(NamedTuple):
-    """A usable sample."""
+class _Facts(NamedTuple):
+    """What is to be known of a usable sample."""
 
     size: tuple[int, int]  # of the upright image
     digest: bytes  # of the image file
@@ -83,15 +83,15 @@ def survey(dataset: TextImageDataset | ShardStream, num_workers: int) -> Survey:
     """
     recipe = dataset.recipe
     dataset = dataset.for_evaluation()
-    dataset.recipe = _LookingRecipe(dataset.recipe)
+    dataset.recipe = _FactsRecipe(dataset.recipe)
     result = Survey()
     if isinstance(dataset, ShardStream):
-        looks, places = _ShardLooks(dataset), None
+        facts, places = _ShardFacts(dataset), None
         num_workers = min(num_workers, dataset.shards_here)
     else:
-        result.of = len(dataset)
-        looks, places = _FolderLooks(dataset), _spread(len(dataset), MOST_SAMPLES)
-    loader = worker_loader(looks, num_workers=num_workers, batch_size=16, sampler=places)
+        result.dataset_size = len(dataset)
+        facts, places = _FolderFacts(dataset), _spread(len(dataset), MOST_SAMPLES)
+    loader = worker_loader(facts, num_workers=num_workers, batch_size=16, sampler=places)
     collector = _Collector(result, recipe)
     with tqdm(
         desc="looking at the data", total=places and len(places), unit="sample", disable=None
@@ -103,7 +103,7 @@ def survey(dataset: TextImageDataset | ShardStream, num_workers: int) -> Survey:
                 if result.samples >= MOST_SAMPLES:
                     break
             else:
-                result.of = result.of or result.samples
+                result.dataset_size = result.dataset_size or result.samples
         except KeyboardInterrupt:
             result.interrupted = True
     return result
@@ -114,41 +114,41 @@ def _spread(count: int, most: int) -> Sequence[int]:
     return range(count) if count <= most else [i * count // most for i in range(most)]
 
 
-class _LookingRecipe:
-    """Takes the place of a recipe; its samples are what is to be known of them."""
+class _FactsRecipe:
+    """Takes the place of a recipe; makes the facts about a sample instead of the sample."""
 
     def __init__(self, recipe: SampleRecipe) -> None:
         self.recipe = recipe
 
     def make(
         self, image: ImageSource, captions: Sequence[str], rng: Random, tally: Tally
-    ) -> tuple[_Seen]:
+    ) -> tuple[_Facts]:
         self.recipe.make(image, captions, rng, tally)
         data = image if isinstance(image, bytes) else Path(image).read_bytes()
         encode = (self.recipe.tokenizer or default_tokenizer()).encode
         digest = hashlib.blake2b(data, digest_size=16).digest()
-        return (_Seen(upright_size(data), digest, [len(encode(text)) for text in captions]),)
+        return (_Facts(upright_size(data), digest, [len(encode(text)) for text in captions]),)
 
 
-# What workers send: the name of a usable sample and what it is like, and what else came up.
-_Message = tuple[str, _Seen | None, Tally]
+# What workers send: the name of a usable sample and the facts about it, and what else came up.
+_Message = tuple[str, _Facts | None, Tally]
 
 
-class _FolderLooks(Dataset):
+class _FolderFacts(Dataset):
     def __init__(self, dataset: TextImageDataset) -> None:
         self.dataset = dataset
 
     def __getitem__(self, index: int) -> _Message:
         tally, name = Tally(samples=1), self.dataset.keys[index]
         try:
-            seen, _ = self.dataset.make(index, Random(), tally)
+            facts, _ = self.dataset.make(index, Random(), tally)
         except BadSample as error:
             tally.skip(name, error)
             return name, None, tally
-        return name, seen, tally
+        return name, facts, tally
 
 
-class _ShardLooks(IterableDataset):
+class _ShardFacts(IterableDataset):
     def __init__(self, stream: ShardStream) -> None:
         super().__init__()
         self.stream = stream
@@ -157,11 +157,11 @@ class _ShardLooks(IterableDataset):
         tally = Tally()
         for raw in self.stream.raw_samples(0, *place_among_workers(), tally):
             try:
-                seen, _ = self.stream.make(raw, 0, tally)
+                facts, _ = self.stream.make(raw, 0, tally)
             except BadSample as error:
                 tally.skip(raw.key, error)
-                seen = None
-            yield raw.key, seen, tally.take()
+                facts = None
+            yield raw.key, facts, tally.take()
         yield "", None, tally
 
 
@@ -176,23 +176,23 @@ class _Collector:
         self.names: dict[bytes, str] = {}  # by digest
         self.reasons: dict[str, str] = {}  # the first one by its text without numbers
 
-    def add(self, name: str, seen: _Seen | None, tally: Tally) -> None:
+    def add(self, name: str, facts: _Facts | None, tally: Tally) -> None:
         result = self.result
         result.samples += tally.samples + tally.filtered.total()
         result.filtered += tally.filtered
         for skipped in tally.skipped:
             reason = self.reasons.setdefault(re.sub(r"\d+", "", skipped.reason), skipped.reason)
-            result.skipped.setdefault((skipped.kind, reason), Some()).add(skipped.name)
-        if seen is None:
+            result.skipped.setdefault((skipped.kind, reason), Examples()).add(skipped.name)
+        if facts is None:
             return
         result.usable += 1
-        result.caption_lengths.update(seen.caption_lengths)
-        if any(length > self.text_ctx_len for length in seen.caption_lengths):
+        result.caption_lengths.update(facts.caption_lengths)
+        if any(length > self.text_ctx_len for length in facts.caption_lengths):
             result.cut.add(name)
-        if seen.size[0] < self.width or seen.size[1] < self.height:
+        if facts.size[0] < self.width or facts.size[1] < self.height:
             result.small.add(name)
-            result.smallest = min(result.smallest or seen.size, seen.size, key=min)
-        if seen.digest in self.names:
-            result.copies.add(f"{name} = {self.names[seen.digest]}")
+            result.smallest = min(result.smallest or facts.size, facts.size, key=min)
+        if facts.digest in self.names:
+            result.copies.add(f"{name} = {self.names[facts.digest]}")
         else:
-            self.names[seen.digest] = name
+            self.names[facts.digest] = name
