@@ -93,7 +93,7 @@ class CheckpointWriter:
             return
         self.saved_step = checkpoint["step"]
         try:
-            prune(self.run_dir, self.keep, self.saved_step)
+            prune(self.run_dir, self.keep)
         except OSError as error:
             logger.warning("older checkpoints could not be deleted: %s", error)
 

@@ -11,6 +11,7 @@ Each file appears whole or not at all. The description comes last and goes first
 is whole exactly if it is there and the files that it names have the sizes that it gives.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,12 +23,16 @@ from torch import Tensor
 
 from glide_finetune.atomic_files import atomic_file, read_json, sync_folder, write_json_atomic
 from glide_finetune.weights import (
-    WeightsError,
+    DamagedFileError,
     check_bytes,
     host_tensor,
     read_tensor_file,
     write_weights,
 )
+
+logger = logging.getLogger(__name__)
+
+MUCH_TO_READ = 1e9  # bytes; from there on it is told
 
 _NAMES = {
     "weights": "glide-ft-{}x{}.pt",
@@ -53,9 +58,15 @@ class CheckpointFiles:
     epoch: int | None = None
     step: int | None = None
 
-    def check_bytes(self) -> None:
-        """WeightsError as of `weights.check_bytes` about the first of the files that is damaged."""
-        for path in filter(None, (self.weights, self.ema, self.training_state)):
+    def check_bytes(self, *, with_ema: bool = True, with_training_state: bool = True) -> None:
+        """`weights.check_bytes` of the files, but for those that are not asked for."""
+        asked_for = (True, with_ema, with_training_state)
+        files = (self.weights, self.ema, self.training_state)
+        paths = [path for path, asked in zip(files, asked_for, strict=True) if path and asked]
+        size = sum(path.stat().st_size for path in paths if path.exists())
+        if size > MUCH_TO_READ:
+            logger.info("looking at the %.1f GB of %s", size / 1e9, self.weights)
+        for path in paths:
             check_bytes(path)
 
 
@@ -115,7 +126,7 @@ def newest_to_go_on_from(run_dir: Path) -> tuple[CheckpointFiles | None, dict[Pa
     for files in sorted(_whole_checkpoints(run_dir), key=_age, reverse=True):
         try:
             files.check_bytes()
-        except WeightsError as error:
+        except DamagedFileError as error:
             damaged = {files.weights: str(error)} | damaged
         else:
             return files, damaged
@@ -180,16 +191,18 @@ def read_training_state(path: Path) -> dict[str, Any]:
     return read_tensor_file(path, mmap=False)
 
 
-def prune(run_dir: Path, keep: int, newest: int | None = None) -> None:
-    """Delete what is older than the `keep` newest whole checkpoints; 0 keeps everything.
+def set_aside(weights: Path) -> None:
+    """Have the checkpoint of a weights file no longer count as whole, if it looks so, since some of
+    its bytes are wrong."""
+    files = files_beside(weights)
+    description = _paths(weights.parent, files.epoch, files.step)["description"]
+    if _if_whole(description):
+        description.replace(description.with_name(description.name + ".damaged"))
 
-    newest: the step of the last one to count. A run that went on from an earlier checkpoint, since
-        later ones are damaged, must not delete its own for them.
-    """
-    whole = [
-        files for files in _whole_checkpoints(run_dir) if newest is None or files.step <= newest
-    ]
-    whole.sort(key=_age)
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Delete what is older than the `keep` newest whole checkpoints; 0 keeps everything."""
+    whole = sorted(_whole_checkpoints(run_dir), key=_age)
     if keep == 0 or not whole:
         return
     oldest_kept = _age(whole[-keep:][0])

@@ -25,6 +25,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def is_of_the_compiler(error: BaseException) -> bool:
+    """Whether torch's compiler has raised it, which does so in many ways."""
+    modules = [kind.__module__ for kind in type(error).__mro__]
+    return any(module.startswith(("torch._dynamo", "torch._inductor")) for module in modules)
+
+
 def check_compiler(device: torch.device) -> None:
     """ValueError unless torch can compile for the device, tried with the smallest of functions."""
     try:

@@ -30,6 +30,7 @@ class Origin:
     first: the settings `resume_ckpt` and `weights_only` that the run began with, which it needs
         again if it stops before its first checkpoint.
     settings: those that the run was last started with; empty for a new one.
+    damaged: the weights files of newer checkpoints of the run, which are passed over.
     """
 
     run_dir: Path | None = None
@@ -37,6 +38,7 @@ class Origin:
     checkpoint_is_own: bool = False
     first: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    damaged: tuple[Path, ...] = ()
 
     @property
     def brings_training_state(self) -> bool:
@@ -75,10 +77,12 @@ def find_origin(config: TrainConfig, start: Start) -> Origin:
         own, damaged = newest_to_go_on_from(start.run_dir)
         _tell_of_damage(start.run_dir, own, damaged)
         if own:
-            return Origin(start.run_dir, own, True, first, settings)
+            return Origin(start.run_dir, own, True, first, settings, tuple(damaged))
     given = files_beside(Path(first["resume_ckpt"])) if first["resume_ckpt"] else None
     if given:
-        given.check_bytes()
+        given.check_bytes(
+            with_ema=config.ema_rate > 0, with_training_state=not first["weights_only"]
+        )
         if not given.training_state and not config.weights_only:
             logger.info("there is no training state of %s: steps count from 0", given.weights)
     return Origin(start.run_dir, given, False, first, settings)

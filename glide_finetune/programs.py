@@ -72,7 +72,7 @@ def _open_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest that is free
-    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", errors="backslashreplace", closefd=False)
     sys.stdout = sys.stdout or sys.stderr
 
 

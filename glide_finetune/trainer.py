@@ -22,6 +22,7 @@ from glide_finetune.batch_losses import Losses, LossMeter, batch_losses
 from glide_finetune.checkpoint_writer import CheckpointWriter
 from glide_finetune.checkpoints import CheckpointFiles, read_training_state
 from glide_finetune.config import TrainConfig
+from glide_finetune.devices import is_of_the_compiler
 from glide_finetune.ema import EMA
 from glide_finetune.fp16_util import Precision
 from glide_finetune.memory import (
@@ -203,8 +204,8 @@ class Trainer:
                 if not self._updating:  # else the weights may be of two steps
                     self._save_what_is_made()
                 raise
-            except Exception:
-                if self.stop_requested and self.config.compile:  # which the compiler heard as well
+            except Exception as error:
+                if self.stop_requested and is_of_the_compiler(error):  # which heard the signal too
                     return
                 raise
             metrics["epoch"] = self.progress.epoch

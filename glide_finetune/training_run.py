@@ -14,6 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from glide_finetune import demo
 from glide_finetune.atomic_files import remove_temporary
+from glide_finetune.checkpoints import set_aside
 from glide_finetune.config import DATA, TRAINING, TrainConfig, recorded
 from glide_finetune.devices import check_compiler, pick_device
 from glide_finetune.folder_lock import locked
@@ -118,6 +119,8 @@ def _run(
         stack.enter_context(locked(run_folder, INSTEAD))
     for folder in (run_folder, run_folder / SAMPLES_NAME):
         remove_temporary(folder)
+    for weights in origin.damaged:
+        set_aside(weights)
     write_args(run_folder, settings)
     if config.log_frequency:
         trainer.draw_samples = SampleDrawer(

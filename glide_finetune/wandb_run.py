@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import queue
-import textwrap
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -153,7 +152,7 @@ class WandbRun:
 
 def warn_of_failure(error: Exception) -> None:
     """Say in one line that wandb is not used any more."""
-    reason = textwrap.shorten(str(error), MOST_OF_A_REASON, placeholder=" …")
+    reason = " ".join(str(error).split())[:MOST_OF_A_REASON]
     logger.warning("wandb is off for this run (%s: %s)", type(error).__name__, reason)
 
 

@@ -8,7 +8,6 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from glide_finetune.atomic_files import atomic_file
-from glide_finetune.config import cores
 from glide_finetune.model_options import WIDENED_FROM
 
 # The kinds of model by the input channels of their first convolution: three of the noisy image;
@@ -32,6 +30,10 @@ _CHUNK = 2**22  # bytes that are read at a time
 
 class WeightsError(ValueError):
     """A weights file that cannot be used; one line: which file, what is wrong, what to do."""
+
+
+class DamagedFileError(WeightsError):
+    """A file that does not hold what was written into it."""
 
 
 def plain_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -95,9 +97,6 @@ def read_tensor_file(path: Path, *, mmap: bool) -> Any:
     mmap: map the tensors from the file where its format allows. WeightsError as in `read_weights`.
     """
     is_zip = _is_zip(path)
-    with contextlib.suppress(zipfile.BadZipFile):  # other damage to its end
-        if is_zip and not zipfile.is_zipfile(path):  # the directory at the end is missing
-            raise WeightsError(f"{path} is cut off after {path.stat().st_size} bytes: {_AGAIN}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except pickle.UnpicklingError as error:
@@ -122,34 +121,40 @@ def _is_zip(path: Path) -> bool:
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
     if not magic:
-        raise WeightsError(f"{path} is empty: {_AGAIN}")
-    return magic == _ZIP_MAGIC
+        raise DamagedFileError(f"{path} is empty: {_AGAIN}")
+    is_zip = magic == _ZIP_MAGIC
+    with contextlib.suppress(zipfile.BadZipFile):  # other damage to the directory at its end
+        if is_zip and not zipfile.is_zipfile(path):
+            size = path.stat().st_size
+            raise DamagedFileError(f"{path} is cut off after {size} bytes: {_AGAIN}")
+    return is_zip
 
 
 def check_bytes(path: Path) -> None:
-    """WeightsError unless the bytes of a file are those that torch.save wrote into it.
+    """Hold the bytes of a file against the checksums that torch.save wrote into it.
 
-    torch.save writes checksums, at which torch.load does not look; files of its older format have
-    none. It takes about as long as reading the file, so it is for whole programs.
+    torch.load does not look at them; files of its older format have none. It takes about as long
+    as reading the file, so it is for whole programs.
+
+    Raises:
+        DamagedFileError: they do not fit.
+        WeightsError, OSError: the file cannot be read.
     """
     if not _is_zip(path):
         return
     try:
-        with zipfile.ZipFile(path) as archive, ThreadPoolExecutor(min(8, cores())) as threads:
-            parts = [part for part in archive.infolist() if part.CRC]  # may be written without
-            list(threads.map(lambda part: _read_through(archive, part), parts))
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # a directory of any bytes
-        raise WeightsError(
+        with zipfile.ZipFile(path) as archive:
+            for part in archive.infolist():
+                if part.CRC:  # else it was written without
+                    with archive.open(part) as file:
+                        while file.read(_CHUNK):  # raises BadZipFile at the end
+                            pass
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # zipfile comes up with many kinds on a directory of any bytes
+        raise DamagedFileError(
             f"{path} is damaged, it holds other bytes than were written ({error}): {_AGAIN}"
         ) from None
-
-
-def _read_through(archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> None:
-    with archive.open(part) as file:
-        while file.read(_CHUNK):  # which raises BadZipFile at the end if the checksum is another
-            pass
 
 
 def kind_of_model(state: Mapping[str, Tensor]) -> str | None:

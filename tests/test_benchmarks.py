@@ -36,11 +36,7 @@ def test_the_naive_model_has_the_losses_and_gradients_of_ours(model_type, option
     assert (gradients - naive_gradients).norm() < 1e-4 * naive_gradients.norm()
 
 
-@pytest.mark.parametrize(
-    "script",
-    sorted({path.name for path in BENCHMARKS.glob("*.py")} - {"naive_glide.py", "side_by_side.py"}),
-)
-def test_every_benchmark_can_be_started(script):
-    command = [sys.executable, str(BENCHMARKS / script), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("usage:")
+def test_every_benchmark_can_be_imported():
+    names = [path.stem for path in BENCHMARKS.glob("*.py")]
+    script = f"import importlib\nfor name in {names}: importlib.import_module(name)"
+    subprocess.run([sys.executable, "-c", script], cwd=BENCHMARKS, check=True)

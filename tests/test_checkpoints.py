@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 import time
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -23,6 +24,7 @@ from glide_finetune.checkpoints import (
     prune,
     read_training_state,
     save_checkpoint,
+    set_aside,
 )
 from glide_finetune.model_options import described_model
 from glide_finetune.weights import WeightsError, read_weights
@@ -264,15 +266,27 @@ def test_pruning_counts_whole_checkpoints_only(tmp_path):
     assert not [name for name in names(tmp_path) if "0x1" in name]
 
 
-def test_pruning_does_not_count_what_comes_after_the_step_that_is_made(tmp_path):
-    """What a run went on before, since it is damaged."""
+def test_a_damaged_checkpoint_that_is_set_aside_counts_as_none(tmp_path):
     for step in (1, 2, 9):
         save(tmp_path, step)
-    prune(tmp_path, 1, newest=2)
-    assert [name for name in names(tmp_path) if name.endswith(".json")] == [
+    set_aside(tmp_path / "glide-ft-0x9.pt")
+    set_aside(tmp_path / "glide-ft-0x9.pt")
+    assert newest_checkpoint(tmp_path).step == 2
+    prune(tmp_path, 1)
+    assert [name for name in names(tmp_path) if ".json" in name] == [
         "glide-ft-0x2.json",
-        "glide-ft-0x9.json",
+        "glide-ft-0x9.json.damaged",
     ]
+    assert (tmp_path / "glide-ft-0x9.pt").exists()
+
+
+def test_a_checkpoint_that_cannot_be_looked_at_is_no_damaged_one(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step)
+    for error in (OSError(116, "Stale file handle"), MemoryError()):
+        monkeypatch.setattr(zipfile.ZipFile, "open", mock.Mock(side_effect=error))
+        with pytest.raises(type(error)):
+            newest_to_go_on_from(tmp_path)
 
 
 def test_the_files_beside_a_weights_file_are_found(tmp_path):

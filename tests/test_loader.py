@@ -169,6 +169,7 @@ def test_nothing_to_train_on_is_an_error_in_one_line(tmp_path, prepare, message)
     [
         ("metadata.csv", "file_name;text\na.png;words\n", "names no column file_name"),
         ("metadata.jsonl", '{"image": "a.png", "text": "words"}\n', "line 1: .*file_name"),
+        ("metadata.jsonl", '{"file_name": "b.png", "text": "words"}\n', "no image sub/b.png"),
     ],
 )
 def test_what_is_wrong_with_the_metadata_is_told_where_no_image_has_a_caption(
@@ -202,7 +203,7 @@ def test_a_hundred_bad_samples_are_named_and_the_rest_counted(caplog):
     assert [text.split(":")[0] for text in caplog.messages[:100]] == [
         f"skipped {number}" for number in range(100)
     ]
-    assert caplog.messages[100:] == ["what else is skipped is counted alone"]
+    assert caplog.messages[100:] == ["further ones are only counted"]
     assert account.describe() == "300 unreadable images"
 
 

@@ -102,6 +102,7 @@ from glide_finetune.programs import run_program
 def action():
     with open(sys.argv[1], "w") as file:
         print("line", file=sys.stderr)
+        print("caf\\udce9", file=sys.stderr)
         os.write(2, b"more")
         file.write(str(file.fileno()))
     return 0

@@ -447,6 +447,20 @@ class TestResuming:
         assert "newer checkpoints are damaged: of glide-ft-2x14.pt" in caplog.text
         assert_same(load(run / "glide-ft-2x14.pt"), load(whole / "glide-ft-2x14.pt"))
         assert_same(load(path), load(whole / path.name))
+        assert newest_checkpoint(run).step == 14
+        assert not (run / "glide-ft-1x7.json").exists()  # which is older than the one to keep
+
+    def test_what_is_not_taken_of_a_checkpoint_may_be_damaged(self, place, whole, capsys):
+        folder = as_if_killed(whole, place / "beside", 7)
+        path = folder / "training-state-1x7.pt"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 0x55
+        path.write_bytes(content)
+        words = ["--resume_ckpt", str(folder / "glide-ft-1x7.pt"), "--checkpoints_dir", "apart"]
+        words += [*SMALL_MODEL, "--max_steps", "8", "--log_frequency", "0"]
+        assert main(words) == 1
+        assert f"{path} is damaged" in capsys.readouterr().err
+        assert main([*words, "--weights_only"]) == 0
 
     def test_a_run_without_a_checkpoint_begins_again_as_it_began(self, place, whole, caplog):
         caplog.set_level(logging.INFO)

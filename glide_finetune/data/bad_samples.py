@@ -121,7 +121,7 @@ class DataAccount:
         if len(self._named) <= MOST_NAMED:
             logger.warning("skipped %s: %s", skipped.name, skipped.reason)
         if len(self._named) == MOST_NAMED:
-            logger.warning("what else is skipped is counted alone")
+            logger.warning("further ones are only counted")
 
     def end_epoch(self, *, is_whole: bool = True) -> None:
         """Log what the epoch, or the end of one, left out.

@@ -225,6 +225,10 @@ def _metadata_names_image(root: Path, prefix: str, faults: list[str]) -> bool:
                     fault = fault or f"{prefix}{name}, line {placed.line}: {placed.row}"
                 elif _kind(placed.row.image) == "image" and os.path.isfile(root / placed.row.image):
                     return True
+                else:
+                    fault = fault or (
+                        f"{prefix}{name}, line {placed.line}: there is no image {placed.row.image}"
+                    )
         except BadSample as error:
             fault = f"{prefix}{name}: {error}"
         if fault and not faults:
@@ -245,7 +249,7 @@ def _nothing_found(
 ) -> ValueError:
     if without_caption and faults:
         return ValueError(
-            f"no captions in {folder} for its {without_caption} images; {faults[0]}"
+            f"no captions in {folder} for any of {without_caption} images; {faults[0]}"
             " (--no-use_captions trains without)"
         )
     if without_caption:

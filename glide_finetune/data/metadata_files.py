@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from glide_finetune.data.bad_samples import BadSample
-from glide_finetune.data.captions import decode_caption
+from glide_finetune.data.captions import decode_caption, is_visible
 from glide_finetune.data.metadata import parse_metadata
 from glide_finetune.data.regular_files import open_regular
 
@@ -124,7 +124,7 @@ def _captions(value: object) -> list[str]:
     texts = value if isinstance(value, list) else [value]
     # Encoded, as lone surrogates in JSON, and in CSV bytes that are not UTF-8, become bad captions.
     texts = [decode_caption(t.encode("utf-8", "surrogatepass")) for t in texts if _is_text(t)]
-    return [" ".join(text.split()) for text in texts]
+    return [" ".join(text.split()) for text in texts if is_visible(text)]
 
 
 def _is_text(value: object) -> bool:

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.utils import pytorch_worker_info
 
 from glide_finetune.data.bad_samples import KINDS, BadSample, DataAccount, Tally
-from glide_finetune.data.captions import decode_caption
+from glide_finetune.data.captions import decode_caption, is_visible
 from glide_finetune.data.metadata import parse_metadata
 from glide_finetune.data.sample_recipe import SampleRecipe
 from glide_finetune.data.shards import shard_names
@@ -21,10 +21,9 @@ from glide_finetune.data.wds_filter import NOT_ENGLISH, word_pattern
 from glide_finetune.data.workers import place_among_workers
 from glide_finetune.seeds import derived_random
 
-NO_CAPTION = "no caption"
-
 logger = logging.getLogger(__name__)
 
+NO_CAPTION = "no caption"
 ALAMY_CAPTION = "caption"  # the field of Alamy's metadata
 # Where `glide_finetune.prepare` made a sample, its metadata has the first of these, and its
 # captions as a list of texts in the second. They go before a caption of its own, in which line
@@ -278,7 +277,9 @@ class ShardStream(IterableDataset):
         else:
             texts = [sample.members[self.caption_key]] if self.caption_key in sample.members else []
         # A caption of scraped data may well hold line breaks; here it is one caption all the same.
-        captions = tuple(filter(None, (" ".join(_caption(text).split()) for text in texts)))
+        captions = tuple(
+            " ".join(text.split()) for text in map(_caption, texts) if is_visible(text)
+        )
         if texts and not captions:
             raise BadSample("the caption is blank", "caption")
         return captions

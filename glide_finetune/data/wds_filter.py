@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# Spellings of English in Alamy's language code.
 NOT_ENGLISH = "not English"
+# Spellings of English in Alamy's language code.
 ENGLISH = ("en", "eng", "english")
 
 
@@ -19,7 +19,7 @@ SIMILARITY = ("similarity", "SIMILARITY")
 WIDTH = ("original_width", "ORIGINAL_WIDTH", "WIDTH", "width")
 HEIGHT = ("original_height", "ORIGINAL_HEIGHT", "HEIGHT", "height")
 
-UNSAFE_RATINGS = ("NSFW", "LIKELY", "TRUE")
+UNSAFE_RATINGS = ("NSFW", "LIKELY")
 # From where on LAION's classifier takes an image for unsafe rather than safe. So it means what the
 # ratings mean, of which UNSURE passes as well; lower limits lose many harmless portraits.
 PUNSAFE_LIMIT = 0.5

@@ -1,6 +1,7 @@
 """Processes that load data, what they send, and what becomes of a run when one of them dies."""
 
 import atexit
+import contextlib
 import math
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -53,7 +55,7 @@ def worker_loader(
         # DataLoader draws a number at the start of each iteration. From a generator of its own, so
         # that entering an epoch in the middle leaves the training's random state alone.
         generator=torch.Generator(),
-        worker_init_fn=_begin_worker,
+        worker_init_fn=partial(_begin_worker, os.getpid()),
         **options,
     )
 
@@ -69,15 +71,17 @@ def _allow_many_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        with contextlib.suppress(ValueError, OSError):  # of a system that allows fewer than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _begin_worker(worker: int) -> None:
+def _begin_worker(trainer: int, worker: int) -> None:
     """Leave signals to the trainer: a job that is asked to stop, all of its processes at once,
     still needs its batches to end the current step."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_after, args=[os.getppid()], daemon=True).start()
+    if os.name == "posix":  # elsewhere the parent stays the same when it is gone
+        threading.Thread(target=_end_after, args=[trainer], daemon=True).start()
 
 
 def _end_after(parent: int) -> None:
