@@ -58,7 +58,9 @@ class CheckpointFiles:
     epoch: int | None = None
     step: int | None = None
 
-    def check_bytes(self, *, with_ema: bool = True, with_training_state: bool = True) -> None:
+    def check_bytes(
+        self, *, with_ema: bool = True, with_training_state: bool = True, own: bool = False
+    ) -> None:
         """`weights.check_bytes` of the files, but for those that are not asked for."""
         asked_for = (True, with_ema, with_training_state)
         files = (self.weights, self.ema, self.training_state)
@@ -67,7 +69,7 @@ class CheckpointFiles:
         if size > MUCH_TO_READ:
             logger.info("looking at the %.1f GB of %s", size / 1e9, self.weights)
         for path in paths:
-            check_bytes(path)
+            check_bytes(path, own=own)
 
 
 def save_checkpoint(
@@ -125,7 +127,7 @@ def newest_to_go_on_from(run_dir: Path) -> tuple[CheckpointFiles | None, dict[Pa
     damaged = damaged_checkpoints(run_dir)
     for files in sorted(_whole_checkpoints(run_dir), key=_age, reverse=True):
         try:
-            files.check_bytes()
+            files.check_bytes(own=True)
         except DamagedFileError as error:
             damaged = {files.weights: str(error)} | damaged
         else:

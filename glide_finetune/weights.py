@@ -130,17 +130,23 @@ def _is_zip(path: Path) -> bool:
     return is_zip
 
 
-def check_bytes(path: Path) -> None:
+def check_bytes(path: Path, *, own: bool = False) -> None:
     """Hold the bytes of a file against the checksums that torch.save wrote into it.
 
-    torch.load does not look at them; files of its older format have none. It takes about as long
-    as reading the file, so it is for whole programs.
+    torch.load does not look at them. It takes about as long as reading the file, so it is for whole
+    programs.
+
+    Args:
+        own: whether it was written here, so that it is damaged if torch cannot open it. Else files
+            of torch's older format, which has no checksums, pass.
 
     Raises:
         DamagedFileError: they do not fit.
         WeightsError, OSError: the file cannot be read.
     """
     if not _is_zip(path):
+        if own:
+            raise DamagedFileError(f"{path} is damaged, it begins with other bytes: {_AGAIN}")
         return
     try:
         with zipfile.ZipFile(path) as archive:
@@ -149,11 +155,14 @@ def check_bytes(path: Path) -> None:
                     with archive.open(part) as file:
                         while file.read(_CHUNK):  # raises BadZipFile at the end
                             pass
+        if own:  # torch looks at more of the directory
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # zipfile comes up with many kinds on a directory of any bytes
+    except Exception as error:  # both come up with many kinds on a directory of any bytes
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedFileError(
-            f"{path} is damaged, it holds other bytes than were written ({error}): {_AGAIN}"
+            f"{path} is damaged, it holds other bytes than were written ({reason}): {_AGAIN}"
         ) from None
 
 

@@ -266,6 +266,18 @@ def test_pruning_counts_whole_checkpoints_only(tmp_path):
     assert not [name for name in names(tmp_path) if "0x1" in name]
 
 
+@pytest.mark.parametrize("place", [0, -30])
+def test_wrong_bytes_at_either_end_make_a_checkpoint_none_to_go_on_from(tmp_path, place):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    for step in (2, 3):
+        path = tmp_path / f"training-state-0x{step}.pt"
+        content = bytearray(path.read_bytes())
+        content[place] ^= 0xFF
+        path.write_bytes(content if step == 2 else bytes(len(content)))
+    assert newest_to_go_on_from(tmp_path)[0].step == 1
+
+
 def test_a_damaged_checkpoint_that_is_set_aside_counts_as_none(tmp_path):
     for step in (1, 2, 9):
         save(tmp_path, step)
