@@ -133,7 +133,7 @@ def run_glide_finetune_epoch(
         image_to_upsample: file for the upsampler's grids; without it there are none. A base model
             takes no notice of it.
         vlb_weight, max_grad_norm: as the flags of train_glide.py.
-        keep_checkpoints: delete all but so many of the newest checkpoints, which take four times
+        keep_checkpoints: delete all but so many of the newest checkpoints, which take three times
             the bytes of the weights each; 0 keeps all.
 
     Raises:

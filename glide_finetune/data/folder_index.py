@@ -16,10 +16,11 @@ from glide_finetune.data.path_list import PathFinder, PathList
 
 logger = logging.getLogger(__name__)
 
+# fmt: off
 IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
-    *(".tif", ".tiff", ".jfif", ".avif", ".jp2"),
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif", ".jp2",
 )
+# fmt: on
 CAPTION_SUFFIXES = (".txt", ".caption")  # the first one there counts
 
 MAX_NAMED = 100  # of what the index leaves out; the rest is only counted
