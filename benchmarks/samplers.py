@@ -17,7 +17,7 @@ import torch
 
 from glide_finetune.generation import load_stage
 from glide_finetune.glide_util import sample
-from glide_finetune.samplers import SAMPLERS
+from glide_finetune.sampler_options import SAMPLERS
 
 STEPS = ("10", "15", "20", "30", "50", "100", "fast27")
 EXACT_STEPS = "1000"

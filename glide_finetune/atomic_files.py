@@ -41,7 +41,10 @@ def write_new(paths: Iterable[Path], data: bytes) -> Path:
     for path in paths:
         temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
         try:
-            temporary.write_bytes(data)
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             try:
                 os.link(temporary, path)
             except FileExistsError:

@@ -15,11 +15,11 @@ from typing import Any
 
 from glide_finetune.data.shards import is_remote
 from glide_finetune.model_options import MODEL_PRESETS, training_options, type_of_model
+from glide_finetune.sampler_options import SAMPLERS
 
 DATASET_NAMES = ("laion", "alamy", "generic")
 PRECISIONS = ("fp32", "bf16", "fp16")
 LOSS_WEIGHTINGS = ("none", "min_snr", "soft_min_snr")
-SAMPLER_NAMES = ("ddpm", "ddim", "plms", "prk", "euler", "euler_a", "dpm++2m", "dpm++2m_sde")
 
 START = "how to start"
 DATA = "data"
@@ -187,13 +187,14 @@ class TrainConfig:
     test_batch_size: int = flag(1, "-tbs", group=REPORTS, metavar="N", help="samples a caption")
     test_guidance_scale: float = flag(4.0, "-tgs", group=REPORTS, metavar="SCALE",
         help="classifier-free guidance of the samples, 1 for none")
-    test_sampler: str = flag("", group=REPORTS, choices=SAMPLER_NAMES, metavar="NAME",
-        help=f"how the samples are drawn: {', '.join(SAMPLER_NAMES)} (default: dpm++2m; ddim with "
+    test_sampler: str = flag("", group=REPORTS, choices=tuple(SAMPLERS), metavar="NAME",
+        help=f"how the samples are drawn: {', '.join(SAMPLERS)} (default: dpm++2m; ddim with "
              "--train_upsample)")
     image_to_upsample: str = flag("", "-lowres", group=REPORTS, metavar="FILE",
         help="low-resolution image for the upsampler's samples "
              "(default: a training image that is held back)")
-    val_data_dir: str = flag("", group=REPORTS, metavar="DIR", help="images to validate on")
+    val_data_dir: str = flag("", group=REPORTS, metavar="DIR",
+        help="images to validate on, shards with --use_webdataset")
     val_fraction: float = flag(0.0, group=REPORTS, metavar="F",
         help="share of --data_dir that is held back to validate on")
     eval_interval: int = flag(500, group=REPORTS, metavar="N", help="steps between validations")
@@ -347,6 +348,12 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
         settings["num_workers"] = None
     return settings
 
+
+# What decides what prepared shards hold, for `prepare.py`.
+OF_PREPARED_SHARDS = (
+    "data_dir", "use_captions", "use_webdataset", "wds_image_key", "wds_caption_key",
+    "wds_dataset_name", "side_x", "side_y", "train_upsample", "upscale_factor", "resize_ratio",
+)  # fmt: skip
 
 PATHS = (
     "data_dir",

@@ -16,7 +16,6 @@ from PIL import Image
 from glide_finetune.clip_options import CLIP_FILES, clip_paths
 from glide_finetune.config import (
     PRECISIONS,
-    SAMPLER_NAMES,
     ConfigError,
     check_saved,
     flag,
@@ -31,6 +30,7 @@ from glide_finetune.config_checks import (
 )
 from glide_finetune.model_options import RELEASED, described_model, released_options
 from glide_finetune.runs import read_args
+from glide_finetune.sampler_options import SAMPLERS, SamplerOptions, check_sampler
 from glide_finetune.text_settings import read_lines, text_of
 from glide_text2im.timesteps import space_timesteps
 
@@ -69,7 +69,7 @@ class GenerateConfig:
              f"checkpoint in it, a folder with {CLIP_FILES[0]} and {CLIP_FILES[1]}, or these two "
              "files, or released")
 
-    sampler: str = flag("dpm++2m_sde", "-sampler", group=BASE, choices=SAMPLER_NAMES,
+    sampler: str = flag("dpm++2m_sde", "-sampler", group=BASE, choices=tuple(SAMPLERS),
         help="how to draw, see docs/samplers.md")
     steps: str = flag("30", "-steps", group=BASE, metavar="N",
         help="timesteps of a picture, or a respacing such as fast27, ddim50 or 10,10,3,2,2")
@@ -87,7 +87,7 @@ class GenerateConfig:
     side_y: int = flag(0, "-y", group=BASE, metavar="PIXELS",
         help="height of the base picture (default: as trained)")
 
-    upsample_sampler: str = flag("ddim", group=UPSAMPLER, choices=SAMPLER_NAMES,
+    upsample_sampler: str = flag("ddim", group=UPSAMPLER, choices=tuple(SAMPLERS),
         help="as --sampler")
     upsample_steps: str = flag("fast27", group=UPSAMPLER, metavar="N", help="as --steps")
     upsample_temp: float = flag(0.997, group=UPSAMPLER, metavar="T",
@@ -144,8 +144,8 @@ class GenerateConfig:
 
 FIELDS = {field.name: field for field in dataclasses.fields(GenerateConfig)}
 
-_FROM_ONE = Range(1, 2**31, "a number of at least 1")
-_FROM_ZERO = Range(0, 1e9, "a number of at least 0")
+_FROM_ONE = Range(1, 2**31, "a number from 1 to 2^31")
+_FROM_ZERO = Range(0, 1e9, "a number from 0 to 10^9")
 _SHARE = Range(0, 1, "a number from 0 to 1")
 RANGES = {
     "num_images": _FROM_ONE,
@@ -160,7 +160,6 @@ RANGES = {
     "side_y": _FROM_ZERO,
     "upsample_temp": _FROM_ZERO,
 }
-LEAST_TIMESTEPS = {"plms": 3, "prk": 3}  # of samplers that need more than two
 _COUNT = r"[1-9][0-9]*"
 _RESPACING = rf"{_COUNT}(,{_COUNT})*|ddim{_COUNT}|fast27"
 
@@ -189,6 +188,12 @@ def check(config: GenerateConfig) -> None:
     ):
         timesteps = _check_model(model, getattr(config, model), kind)
         _check_steps(steps, getattr(config, steps), sampler, timesteps)
+    try:
+        check_sampler(
+            config.sampler, {"--clip": bool(config.clip), "--threshold": bool(config.threshold)}
+        )
+    except ValueError as error:
+        raise ConfigError(f"--sampler: {error}") from None
     if config.clip and config.clip != [RELEASED]:
         for path in clip_paths(config.clip):
             if not path.exists():
@@ -224,8 +229,8 @@ def _check_model(name: str, given: str, kind: str) -> int:
 
 def _check_steps(name: str, respacing: str, sampler: str, timesteps: int) -> None:
     """ConfigError, naming the flag, unless a picture can be drawn at these of all timesteps."""
-    least = LEAST_TIMESTEPS.get(sampler, 2)
-    of_sampler = f", which {sampler} needs," if sampler in LEAST_TIMESTEPS else ""
+    least = SAMPLERS[sampler].least_timesteps
+    of_sampler = f", which {sampler} needs," if least > SamplerOptions.least_timesteps else ""
     if re.fullmatch(_RESPACING, respacing):
         try:
             kept = space_timesteps(timesteps, respacing)

@@ -35,7 +35,6 @@ from glide_finetune.generate_config import GenerateConfig, check, check_stage
 from glide_finetune.glide_util import load_model
 from glide_finetune.model_options import RELEASED, described_model
 from glide_finetune.runs import read_args
-from glide_finetune.samplers import pick_sampler
 from glide_finetune.samples import labelled_grid
 from glide_finetune.sampling import STALE_VARIANCE, sample
 from glide_finetune.seeds import derived_seed
@@ -123,7 +122,6 @@ class Painter:
         self._precision = Precision(config.precision, self.device)
         if advice := self._precision.advice:
             logger.info("%s", advice)
-        pick_sampler(config.sampler, bool(config.clip), bool(config.threshold))
         self.base = load_stage("base", config.base, "base", config.inpaint_image)
         self.upsampler: Stage | None = None
         if config.upsampler:
@@ -265,12 +263,14 @@ class Painter:
         return width, height
 
 
-def _trained(stage: Stage) -> dict[str, Any]:
-    """The settings of the run that the model comes from, as far as it comes from one."""
+def _trained(stage: Stage) -> dict[str, int]:
+    """The sizes among the settings of the run that the model comes from, if it comes from one."""
+    settings = {}
     if stage.source != RELEASED:
         with contextlib.suppress(ValueError):  # no file of a run
-            return read_args(Path(stage.source).parent)
-    return {}
+            settings = read_args(Path(stage.source).parent)
+    sizes = {name: settings.get(name) for name in ("side_x", "side_y", "upscale_factor")}
+    return {name: size for name, size in sizes.items() if type(size) is int and size > 0}
 
 
 def load_stage(name: str, source: str, stage: str, inpainting: str | bool = False) -> Stage:

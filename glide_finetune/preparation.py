@@ -27,7 +27,13 @@ from glide_finetune.atomic_files import (
     remove_temporary,
     write_json_atomic,
 )
-from glide_finetune.config import FIELDS, ConfigError, TrainConfig, absolute
+from glide_finetune.config import (
+    FIELDS,
+    OF_PREPARED_SHARDS,
+    ConfigError,
+    TrainConfig,
+    absolute,
+)
 from glide_finetune.data.bad_samples import KINDS, BadSample, DataAccount, Tally, describe_counts
 from glide_finetune.data.images import read_prepared
 from glide_finetune.data.shard_stream import PREPARED_FROM, SEVERAL_CAPTIONS
@@ -236,20 +242,8 @@ class _Shards:
 
 def _record(config: TrainConfig, shard_size: int) -> dict[str, Any]:
     """What decides the content of the shards."""
-    return {
-        "data_dir": absolute(config.data_dir),
-        "use_captions": config.use_captions,
-        "use_webdataset": config.use_webdataset,
-        "wds_image_key": config.wds_image_key,
-        "wds_caption_key": config.wds_caption_key,
-        "wds_dataset_name": config.wds_dataset_name,
-        "side_x": config.side_x,
-        "side_y": config.side_y,
-        "train_upsample": config.train_upsample,
-        "upscale_factor": config.upscale_factor,
-        "resize_ratio": config.resize_ratio,
-        "shard_size": shard_size,
-    }
+    settings = {name: getattr(config, name) for name in OF_PREPARED_SHARDS}
+    return settings | {"data_dir": absolute(config.data_dir), "shard_size": shard_size}
 
 
 def _refuse_foreign(out: Path, config: TrainConfig) -> None:

@@ -13,15 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from glide_finetune.arguments import Parser, add_flag
-from glide_finetune.config import FIELDS, ConfigError, TrainConfig, cores
+from glide_finetune.config import FIELDS, OF_PREPARED_SHARDS, ConfigError, TrainConfig, cores
 from glide_finetune.config_checks import check_ranges
 from glide_finetune.programs import run_program
-
-# What is asked as in training, and decides what the shards hold.
-TRAINING_FLAGS = (
-    "data_dir", "use_captions", "use_webdataset", "wds_image_key", "wds_caption_key",
-    "wds_dataset_name", "side_x", "side_y", "train_upsample", "upscale_factor", "resize_ratio",
-)  # fmt: skip
 
 
 def build_parser() -> Parser:
@@ -59,7 +53,7 @@ def build_parser() -> Parser:
         help="samples in a shard (default: 1000)",
     )
     group = parser.add_argument_group("as in training", argument_default=argparse.SUPPRESS)
-    for name in TRAINING_FLAGS:
+    for name in OF_PREPARED_SHARDS:
         add_flag(group, FIELDS[name])
     return parser
 
@@ -80,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare(typed: dict[str, Any]) -> int:
     for name in ("RANK", "WORLD_SIZE"):  # by which the shards would be divided among processes
         os.environ.pop(name, None)
-    settings = {name: typed.get(name, FIELDS[name].default) for name in TRAINING_FLAGS}
+    settings = {name: typed.get(name, FIELDS[name].default) for name in OF_PREPARED_SHARDS}
     check_ranges(settings | {"num_workers": typed["num_workers"]})
     if typed["shard_size"] < 1:
         raise ConfigError(f"--shard_size is {typed['shard_size']}; give a number of at least 1")

@@ -9,7 +9,6 @@ keeps, with one call of the model for each, and goes from the least noisy one to
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -135,31 +134,17 @@ def _level(diffusion: GaussianDiffusion, index: int) -> Level:
     return Level(math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """A way to draw.
-
-    loop: takes (diffusion, model, shape) and the keywords of the loops of `GaussianDiffusion`;
-        returns the images.
-    stochastic: draws noise in its steps; `loop` takes `noise_like`.
-    follows_guess: its path follows the guess of x_0, and so `denoised_fn`, clipping and a
-        `cond_fn` that expects the original timesteps. Otherwise it follows the bare noise.
-    """
-
-    loop: Callable[..., Tensor]
-    stochastic: bool = False
-    follows_guess: bool = True
-
-
-SAMPLERS = {
-    "ddpm": Sampler(GaussianDiffusion.p_sample_loop, stochastic=True),
-    "ddim": Sampler(GaussianDiffusion.ddim_sample_loop),
-    "plms": Sampler(GaussianDiffusion.plms_sample_loop, follows_guess=False),
-    "prk": Sampler(GaussianDiffusion.prk_sample_loop, follows_guess=False),
-    "euler": Sampler(euler),
-    "euler_a": Sampler(euler_a, stochastic=True),
-    "dpm++2m": Sampler(dpm_solver_2m),
-    "dpm++2m_sde": Sampler(dpm_solver_2m_sde, stochastic=True),
+# Each takes (diffusion, model, shape) and the keywords of the loops of `GaussianDiffusion`, and
+# returns the images.
+LOOPS: dict[str, Callable[..., Tensor]] = {
+    "ddpm": GaussianDiffusion.p_sample_loop,
+    "ddim": GaussianDiffusion.ddim_sample_loop,
+    "plms": GaussianDiffusion.plms_sample_loop,
+    "prk": GaussianDiffusion.prk_sample_loop,
+    "euler": euler,
+    "euler_a": euler_a,
+    "dpm++2m": dpm_solver_2m,
+    "dpm++2m_sde": dpm_solver_2m_sde,
 }
 
 
@@ -180,19 +165,3 @@ class NoisePerImage:
         """Standard normal noise in shape, dtype and device of `like`, (images, ...)."""
         rows = [torch.randn(like.shape[1:], generator=g) for g in self._generators]
         return torch.stack(rows).to(like)
-
-
-def pick_sampler(name: str, cond_fn: bool, threshold: bool) -> Sampler:
-    """The sampler of that name, which can do what is asked.
-
-    Raises:
-        ValueError: there is none, or it works with no `cond_fn` or no `threshold`.
-    """
-    if name not in SAMPLERS:
-        raise ValueError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
-    sampler = SAMPLERS[name]
-    for what, asked in (("cond_fn", cond_fn), ("threshold", threshold)):
-        if asked and not sampler.follows_guess:
-            able = ", ".join(other for other in SAMPLERS if SAMPLERS[other].follows_guess)
-            raise ValueError(f"{name} does not work with a {what}: choose one of {able}")
-    return sampler

@@ -14,7 +14,8 @@ from glide_finetune.data.images import read_image
 from glide_finetune.evaluation import evaluation_mode
 from glide_finetune.guidance import dynamic_threshold, guided, with_posterior_variance
 from glide_finetune.repainting import KnownPixels, read_known_pixels
-from glide_finetune.samplers import SAMPLERS, NoisePerImage, pick_sampler
+from glide_finetune.sampler_options import check_sampler
+from glide_finetune.samplers import LOOPS, NoisePerImage
 from glide_text2im.diffusion_process import CondFn, DenoisedFn
 from glide_text2im.model_creation import create_gaussian_diffusion
 
@@ -81,9 +82,9 @@ def sample(
             equal to 1 or to the number of images that come out.
         upsample_temp: the upsampler's start noise is multiplied by it.
         upscale_factor: a file is read at the output size divided by it.
-        sampler: a name in `SAMPLERS`; by default plms for the base model, and ddim for the
-            upsampler and on known pixels, of which plms takes no notice. ddpm alone uses the
-            learned variance.
+        sampler: a name in `sampler_options.SAMPLERS`; by default plms for the base model, and ddim
+            for the upsampler and on known pixels, of which plms takes no notice. ddpm alone uses
+            the learned variance.
         negative_prompt: what guidance leads away from, instead of the empty caption. Without
             guidance it has no effect.
         guidance_rescale: see `guided`; 0 is none.
@@ -109,7 +110,7 @@ def sample(
     """
     paints_on_picture = torch.is_tensor(inpaint_image) or bool(inpaint_image)
     name = sampler or ("ddim" if upsample_enabled or paints_on_picture else "plms")
-    chosen = pick_sampler(name, cond_fn is not None, bool(threshold))
+    can = check_sampler(name, {"a cond_fn": cond_fn is not None, "a threshold": bool(threshold)})
     _check_ranges(
         {"guidance_rescale": guidance_rescale, "threshold": threshold},
         {
@@ -144,7 +145,7 @@ def sample(
     network: Callable[..., torch.Tensor] = glide_model
     if with_guidance:
         network = guided(glide_model, guidance_scale, guidance_rescale, full.alphas_cumprod)
-    if chosen is SAMPLERS["ddpm"] and not _trusts_variance(glide_model, learned_variance):
+    if name == "ddpm" and not _trusts_variance(glide_model, learned_variance):
         network = with_posterior_variance(network)
 
     given: dict[str, torch.Tensor] = {}
@@ -165,7 +166,7 @@ def sample(
             else:
                 draw_noise = NoisePerImage(seeds[part])
                 start = draw_noise(torch.empty(shape, device=device)[part])
-                if chosen.stochastic:
+                if can.stochastic:
                     keywords["noise_like"] = draw_noise
             conditions = _text(
                 glide_model, glide_options, captions[part], device,
@@ -175,7 +176,7 @@ def sample(
                 rows = value[part].to(device)
                 conditions[key] = torch.cat([rows, rows]) if with_guidance else rows
             with text_cached(glide_model):
-                drawn = chosen.loop(
+                drawn = LOOPS[name](
                     diffusion,
                     network,
                     start.shape,

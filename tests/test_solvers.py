@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from glide_finetune.sampler_options import SAMPLERS
 from glide_finetune.samplers import (
-    SAMPLERS,
+    LOOPS,
     NoisePerImage,
     dpm_solver_2m,
     dpm_solver_2m_sde,
@@ -155,7 +156,7 @@ def states(sampler):
 
 
 def needs(sampler):
-    stochastic = {s.loop for s in SAMPLERS.values() if s.stochastic}
+    stochastic = {LOOPS[name] for name, can in SAMPLERS.items() if can.stochastic}
     return ("noise_like",) if sampler in stochastic else ()
 
 
@@ -262,7 +263,7 @@ def test_all_have_one_signature_and_stay_finite(name):
         assert caption == "a cat"
         return torch.cat([x, x], dim=1)
 
-    drawn = SAMPLERS[name].loop(
+    drawn = LOOPS[name](
         diffusion, model, SHAPE, noise=start_noise().float(), model_kwargs={"caption": "a cat"},
         denoised_fn=torch.tanh, cond_fn=None, device="cpu", progress=False,
     )  # fmt: skip
