@@ -42,7 +42,7 @@ def glide_wds_loader(
     upscale_factor: int = 4,
     *,
     seed: int = 0,
-    epoch: int = 0,
+    epoch: int | None = None,
     resize_ratio: float = 0.8,
     random_hflip: bool = False,
     shuffle_buffer: int = 1000,
@@ -74,9 +74,11 @@ def glide_wds_loader(
             metadata that `glide_finetune.prepare` writes may list several captions, of which one
             is drawn each time.
         upscale_factor: of the upsampler's high-res image.
-        seed, epoch: what all draws and orders derive from. Every iteration gives the same items
-            in the same order until `set_epoch(epoch)` is called on the result; in a loop of your
-            own do so before each epoch.
+        seed: what all draws and orders derive from, together with the epoch.
+        epoch: every iteration gives the items of this epoch in its order, until `set_epoch(epoch)`
+            is called on the result. None makes each iteration an epoch of its own, drawn from
+            torch's random state; but not in a distributed run, whose processes have to agree: call
+            `set_epoch` there.
         resize_ratio, random_hflip: as in `SampleRecipe`.
         shuffle_buffer: encoded samples held by each worker to shuffle, fewer where they take more
             than `shard_stream.BUFFER_BYTES`; also shuffles the order of the shards. 0 leaves

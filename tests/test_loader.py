@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from glide_finetune.data.bad_samples import BadSample, DataAccount, Tally
 from glide_finetune.data.caption_split import split_by_caption
@@ -340,6 +341,7 @@ def test_a_draw_depends_on_seed_epoch_and_key_alone(tmp_path):
 def test_indexing_follows_the_epoch_that_was_set(tmp_path):
     write_images(tmp_path, 2)
     data = dataset(tmp_path)
+    data.set_epoch(0)
     assert equal(data[1], data.draw(1, epoch=0))
     data.set_epoch(3)
     assert equal(data[-1], data.draw(1, epoch=3))
@@ -351,7 +353,30 @@ def test_a_pickled_dataset_gives_the_same_items(tmp_path):
     """So it does in the workers of systems that do not fork."""
     write_images(tmp_path, 2)
     data = dataset(tmp_path, tokenizer=None)
+    data.set_epoch(2)
     assert equal(pickle.loads(pickle.dumps(data))[1], data[1])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loop_that_sets_no_epoch_draws_anew_in_every_one(tmp_path, num_workers):
+    write_images(tmp_path, 4)
+    loader = DataLoader(dataset(tmp_path, resize_ratio=0.3), batch_size=2, num_workers=num_workers)
+
+    def epochs():
+        torch.manual_seed(0)
+        return [list(loader) for _ in range(2)]
+
+    first, second = epochs()
+    assert not equal(first, second)
+    assert equal(epochs(), [first, second])  # as torch's random state has it
+
+
+def test_one_of_several_captions_is_drawn_each_time(tmp_path):
+    write_images(tmp_path, 1)
+    (caption,) = tmp_path.glob("*.txt")
+    caption.write_text("one\ntwo\nthree\n")
+    data = dataset(tmp_path)
+    assert len({tuple(data[0][0].tolist()) for _ in range(50)}) == 3
 
 
 def test_the_evaluation_copy_has_nothing_random(tmp_path):

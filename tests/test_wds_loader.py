@@ -354,11 +354,11 @@ def test_a_list_of_captions_that_prepare_did_not_write_is_none(tmp_path, caption
 def test_the_shuffle_buffer_holds_a_limited_number_of_bytes(tmp_path, monkeypatch):
     samples = {f"{i:02}": one(i, caption=f"caption {i}") for i in range(40)}
     shard = write_shard(tmp_path / "s.tar", samples)
-    whole = keys(stream(shard, shuffle_buffer=1000))
+    whole = keys(stream(shard, shuffle_buffer=1000, epoch=0))
     room = 5 * max(sum(map(len, members.values())) for members in samples.values())
     monkeypatch.setattr(shard_stream, "BUFFER_BYTES", room)
-    order = keys(stream(shard, shuffle_buffer=1000))
-    assert order == keys(stream(shard, shuffle_buffer=1000))
+    order = keys(stream(shard, shuffle_buffer=1000, epoch=0))
+    assert order == keys(stream(shard, shuffle_buffer=1000, epoch=0))
     assert sorted(order) == sorted(samples)
     assert order not in (whole, sorted(samples))
     assert all(int(key) <= place + 10 for place, key in enumerate(order)), "only a few are held"
@@ -685,3 +685,20 @@ def test_unreadable_samples_at_the_start_of_stored_order_are_passed_over(tmp_pat
     write_shard(tmp_path / "0.tar", {f"a{i:04}": one() | {"jpg": b""} for i in range(600)})
     write_shard(tmp_path / "1.tar", {"b": one()})
     assert len(next(iter(stream(tmp_path).for_evaluation()))) > 1
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}]
+)
+def test_a_loop_that_sets_no_epoch_gets_another_order_in_every_one(tmp_path, settings):
+    shards = [
+        write_shard(tmp_path / f"{n}.tar", {f"{n}{i}": one(10 * n + i) for i in range(5)})
+        for n in range(4)
+    ]
+    loader = DataLoader(stream(shards), batch_size=None, **settings)
+    first, second = (keys(loader) for _ in range(2))
+    assert sorted(first) == sorted(second)
+    assert len(set(first)) == 20
+    assert first != second
+    given = stream(shards, epoch=3)
+    assert keys(given) == keys(given)

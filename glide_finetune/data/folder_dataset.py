@@ -7,13 +7,14 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch.utils.data import Dataset
 
 from glide_finetune.data.bad_samples import BadSample, DataAccount, Tally
 from glide_finetune.data.captions import Tokenizer
 from glide_finetune.data.folder_index import index_folder
 from glide_finetune.data.sample_recipe import SampleRecipe
-from glide_finetune.data.shared_integer import SharedInteger
+from glide_finetune.data.shared_integer import NO_EPOCH, SharedInteger
 from glide_finetune.seeds import derived_random
 
 MAX_STAND_INS = 1000  # tried in place of one bad sample before giving up
@@ -31,10 +32,11 @@ class TextImageDataset(Dataset):
     left out (`without_caption` counts them); without it every image has the empty caption.
     `resize_ratio`, `uncond_p` and `random_hflip` are those of `SampleRecipe`.
 
-    All draws of a sample derive from (seed, epoch, its key), so `dataset[i]` is the same item until
-    `set_epoch(epoch)` is called: do so before each epoch of a loop of your own over a `DataLoader`
-    (`run_glide_finetune_epoch` does it), or every epoch has the same crops and captions. A sample
-    that cannot be read is named once in a warning; another takes its place: a random one with
+    Crops, captions, dropout and flips are drawn anew each time, as torch's random state has it, in
+    the workers of a `DataLoader` their own. After `set_epoch(epoch)` they derive from (seed, epoch,
+    the sample's key) instead, so that `dataset[i]` is the same item for any number of workers,
+    until the next `set_epoch`; `run_glide_finetune_epoch` and train_glide.py do that. A sample that
+    cannot be read is named once in a warning; another takes its place: a random one with
     `shuffle`, otherwise the next. (The order in which samples are visited is the data loader's.)
 
     Raises ValueError for a missing folder, one without images or captions, and bad settings.
@@ -72,7 +74,7 @@ class TextImageDataset(Dataset):
         self.shuffle = shuffle
         self.seed = seed
         self.return_keys = return_keys
-        self._epoch = SharedInteger()
+        self._epoch = SharedInteger(NO_EPOCH)
         self.account = DataAccount()  # of what is taken by index
 
     @property
@@ -93,13 +95,16 @@ class TextImageDataset(Dataset):
         return len(self.keys)
 
     def __getitem__(self, index: int) -> tuple:
-        tally = Tally()
-        item = self.draw(range(len(self))[index], self._epoch.value, tally=tally)
+        tally, epoch = Tally(), self._epoch.value
+        if epoch == NO_EPOCH:
+            epoch = int(torch.randint(2**62, ()))
+        item = self.draw(range(len(self))[index], epoch, tally=tally)
         self.account.add(tally)
         return item
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other crops, captions, dropouts and flips from now on, also in running workers."""
+        """Draw the crops, captions, dropouts and flips of this epoch from now on, also in running
+        workers."""
         self._epoch.value = epoch
 
     def draw(self, index: int, epoch: int, repeat: int = 0, tally: Tally | None = None) -> tuple:
@@ -156,5 +161,5 @@ class TextImageDataset(Dataset):
         fixed = copy.copy(self)
         fixed.recipe = self.recipe.for_evaluation()
         fixed.account = self.account.again(gives_up=False)
-        fixed._epoch = SharedInteger()
+        fixed._epoch = SharedInteger(0)
         return fixed

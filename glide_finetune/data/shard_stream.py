@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from random import Random
 
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.utils import pytorch_worker_info
 
@@ -15,7 +16,7 @@ from glide_finetune.data.captions import decode_caption, is_visible
 from glide_finetune.data.metadata import parse_metadata
 from glide_finetune.data.sample_recipe import SampleRecipe
 from glide_finetune.data.shards import shard_names
-from glide_finetune.data.shared_integer import SharedInteger
+from glide_finetune.data.shared_integer import NO_EPOCH, SharedInteger
 from glide_finetune.data.tar_samples import DamagedShard, TarSample, shard_samples
 from glide_finetune.data.wds_filter import NOT_ENGLISH, word_pattern
 from glide_finetune.data.workers import place_among_workers
@@ -76,7 +77,7 @@ class ShardStream(IterableDataset):
         words_to_skip: Sequence[str] = (),
         cache_path: str | os.PathLike | None = None,
         seed: int = 0,
-        epoch: int = 0,
+        epoch: int | None = None,
         shuffle_buffer: int = 1000,
         return_keys: bool = False,
     ) -> None:
@@ -98,13 +99,15 @@ class ShardStream(IterableDataset):
         self.seed = seed
         self.shuffle_buffer = shuffle_buffer
         self.return_keys = return_keys
-        self._epoch = SharedInteger(epoch)
+        self._epoch = SharedInteger(NO_EPOCH if epoch is None else epoch)
+        self._passes = 0
         self.account = DataAccount()  # of what is iterated over directly
         self._held_back: frozenset[str] = frozenset()
 
     @property
     def epoch(self) -> int:
-        return self._epoch.value
+        """That of `set_epoch`, 0 before it is called."""
+        return max(0, self._epoch.value)
 
     @property
     def shards_here(self) -> int:
@@ -112,7 +115,7 @@ class ShardStream(IterableDataset):
         return len(self.shards[self.node :: self.nodes])
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration gives this epoch: another order, other crops; also in workers."""
+        """The iterations from now on give this epoch, its order and its crops, also in workers."""
         self._epoch.value = epoch
 
     def for_evaluation(self) -> "ShardStream":
@@ -121,7 +124,7 @@ class ShardStream(IterableDataset):
         fixed.recipe = self.recipe.for_evaluation()
         fixed.shuffle_buffer = 0
         fixed.account = self.account.again(gives_up=False)
-        fixed._epoch = SharedInteger()
+        fixed._epoch = SharedInteger(0)
         return fixed
 
     def without(self, keys: Collection[str]) -> "ShardStream":
@@ -129,11 +132,11 @@ class ShardStream(IterableDataset):
         smaller = copy.copy(self)
         smaller.account = self.account.again()
         smaller._held_back = self._held_back | frozenset(keys)
-        smaller._epoch = SharedInteger(self.epoch)
+        smaller._epoch = SharedInteger(self._epoch.value)
         return smaller
 
     def __iter__(self) -> Iterator[tuple]:
-        epoch, tally, given, rejected = self.epoch, Tally(), 0, 0
+        epoch, tally, given, rejected = self._epoch_of_pass(), Tally(), 0, 0
         place = place_among_workers()
 
         def tell() -> None:
@@ -157,6 +160,18 @@ class ShardStream(IterableDataset):
         if not given and get_worker_info() is None:
             raise ValueError(nothing_left(self.account))
         self.account.end_epoch()
+
+    def _epoch_of_pass(self) -> int:
+        """That of `set_epoch`, or else one for this pass alone, from torch's random state; the same
+        in all workers, which divide one order of the shards among them."""
+        self._passes += 1
+        if self._epoch.value != NO_EPOCH:
+            return self._epoch.value
+        if self.nodes > 1:  # whose random states may differ
+            return 0
+        if (worker := get_worker_info()) is None:
+            return int(torch.randint(2**62, ()))
+        return worker.seed - worker.id + self._passes
 
     def raw_samples(
         self,

@@ -2,6 +2,8 @@
 
 import torch
 
+NO_EPOCH = -1  # of a dataset whose `set_epoch` was never called
+
 
 class SharedInteger:
     """One int64 in shared memory.
