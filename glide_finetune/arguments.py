@@ -173,7 +173,10 @@ class Parser(argparse.ArgumentParser):
             self._leave(named if error.filename else str(error))
         except ValueError as error:
             self._leave(str(error))
-        except RuntimeError as error:  # of Path.expanduser
+        except RuntimeError as error:
+            if "home directory" not in str(error):
+                raise
+            # of Path.expanduser
             self._leave(f"a path begins with the ~ of a user who is not known ({error})")
 
     def _leave(self, message: str) -> NoReturn:

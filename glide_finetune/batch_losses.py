@@ -53,7 +53,7 @@ def batch_losses(
     conditions = {"tokens": tokens, "mask": mask}
     if low_res:
         conditions["low_res"] = low_res[0]
-    if inpaint_mask is None and getattr(model, "inpaints", False):
+    if inpaint_mask is None and getattr(_unwrapped(model), "inpaints", False):
         inpaint_mask = random_masks(len(images), *images.shape[2:])
     if inpaint_mask is not None:
         conditions |= {"inpaint_image": images, "inpaint_mask": inpaint_mask.to(device)}
@@ -68,6 +68,13 @@ def batch_losses(
         loss_weighting=loss_weighting,
     )
     return losses, timesteps
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What DataParallel and the like hold, whose own attributes do not show."""
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    return model
 
 
 class Losses(Protocol):

@@ -109,7 +109,7 @@ def check_ranges(settings: Mapping[str, object], ranges: Mapping[str, Range] = R
     """
     for name, allowed in ranges.items():
         value = settings.get(name)
-        # None is for no limit; NaN is in no range
+        # None is chosen later, or no limit; NaN is in no range
         if value is not None and not allowed.low <= value <= allowed.high:
             raise ConfigError(f"--{name} is {value}; give {allowed.words}")
 
@@ -171,12 +171,13 @@ def _check_model(config: TrainConfig) -> None:
         "use_fp16": (config.use_fp16, "--precision decides"),
         "inpaint": (config.train_inpaint, "--train_inpaint decides"),
         "cache_text_emb": (False, "captions change in training"),
+        "timestep_respacing": ("", "training takes all timesteps"),
     }
     try:
         for key, value in config.model_options.items():
             check_option(key, value)
             if key in decided and value != decided[key][0]:
-                raise ValueError(f"{key} cannot be {value}, since {decided[key][1]}")
+                raise ValueError(f"{key} cannot be {value!r}, since {decided[key][1]}")
         check_options(config.options)
     except ValueError as error:
         raise ConfigError(f"--model_options: {error}") from None
@@ -301,7 +302,7 @@ def _check_data(config: TrainConfig, name: str, path: str) -> None:
 
 
 def _holds_shards(path: str) -> bool:
-    """Whether it is one, too."""
+    """Whether `path` is a shard, or a folder with a shard in it."""
     folder = Path(path).expanduser()
     try:
         return is_named_as_shard(folder) or any(map(is_named_as_shard, folder.iterdir()))

@@ -104,9 +104,11 @@ def run_glide_finetune_epoch(
     gradient_accumulation_steps: int | None = None,
     vlb_weight: float = 0.001,
     max_grad_norm: float = 1.0,
+    save_checkpoint_interval: int = 5000,
     keep_checkpoints: int = 0,
 ) -> None:
-    """Train for one epoch, with sample grids on the way and a checkpoint at its end.
+    """Train for one epoch, with sample grids on the way and a checkpoint at its end, or where it is
+    interrupted.
 
     Steps are counted over all epochs: an epoch goes on where metrics.jsonl ends. Draws follow from
     torch's random state at the start, which moves on by one number; other draws of the caller stay
@@ -116,7 +118,7 @@ def run_glide_finetune_epoch(
         glide_model, glide_diffusion, glide_options: as `load_model` returns them.
         dataloader: gives batches as the train steps above take them. If it or its dataset,
             also within `Subset` and the like, has `set_epoch`, that is called, so that every epoch
-            has other crops and captions.
+            has crops and captions of its own.
         optimizer: over the parameters that train; its learning rates are left as they are.
         sample_bs: pictures of each sample grid; sample_gs their guidance, sample_respacing their
             timesteps, prompt their caption.
@@ -133,11 +135,13 @@ def run_glide_finetune_epoch(
         image_to_upsample: file for the upsampler's grids; without it there are none. A base model
             takes no notice of it.
         vlb_weight, max_grad_norm: as the flags of train_glide.py.
+        save_checkpoint_interval: steps between further checkpoints, 0 for none.
         keep_checkpoints: delete all but so many of the newest checkpoints, which take three times
             the bytes of the weights each; 0 keeps all.
 
     Raises:
-        ValueError: the dataloader is empty, or arguments contradict each other or the model.
+        ValueError: the dataloader is empty, arguments contradict each other or the model, or its
+            weights are float16.
         TrainingDiverged: the loss has not been finite for many steps.
     """
     if train_upsample != glide_options["super_res"]:
@@ -170,7 +174,7 @@ def run_glide_finetune_epoch(
         test_batch_size=sample_bs,
         test_guidance_scale=sample_gs,
         log_frequency=log_frequency,
-        save_checkpoint_interval=0,
+        save_checkpoint_interval=save_checkpoint_interval,
         keep_checkpoints=keep_checkpoints,
         seed=int(torch.randint(2**31, ())),
     )
@@ -198,7 +202,11 @@ def run_glide_finetune_epoch(
             log=log,
             draw_samples=draw_samples,
         )
-        trainer.progress = Progress(epoch=epoch, step=step)
-        with trainer.display(dataloader) as display:
-            trainer.run_epoch(dataloader, display)
+        trainer.progress = Progress(epoch=epoch, step=step, first_step=step)
+        try:
+            with trainer.display(dataloader) as display:
+                trainer.run_epoch(dataloader, display)
+        except KeyboardInterrupt:
+            trainer.save_what_is_made()
+            raise
         trainer.finish()

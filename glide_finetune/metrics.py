@@ -132,33 +132,6 @@ class MetricsLog:
             warn_of_failure(error)
 
 
-def wandb_setup(
-    batch_size: int,
-    side_x: int,
-    side_y: int,
-    learning_rate: float,
-    use_fp16: bool,
-    device: Any,
-    data_dir: str,
-    base_dir: str,
-    project_name: str = "glide-finetune",
-) -> WandbRun:
-    """A new wandb run with these settings as its config; its local files go to `base_dir`."""
-    return WandbRun(
-        base_dir,
-        project=project_name,
-        config={
-            "batch_size": batch_size,
-            "side_x": side_x,
-            "side_y": side_y,
-            "learning_rate": learning_rate,
-            "use_fp16": use_fp16,
-            "device": str(device),
-            "data_dir": str(data_dir),
-        },
-    )
-
-
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, NaN and infinities as numbers; unreadable lines are left out."""
     numbers = {text: float(text) for text in ("NaN", "Infinity", "-Infinity")}

@@ -28,7 +28,7 @@ WIDENED_FROM = {"base-inpaint": "base", "upsample-inpaint": "upsample"}
 NOISE_SCHEDULES = ("squaredcos_cap_v2", "linear")
 
 # How to compute, and the kind of model, as opposed to the sizes of the network.
-_NOT_OF_SIZE = ("use_fp16", "cache_text_emb", "super_res", "inpaint")
+_NOT_OF_SIZE = ("use_fp16", "cache_text_emb", "super_res", "inpaint", "timestep_respacing")
 
 _NUMBERS = r"[1-9][0-9]*(,[1-9][0-9]*)*"
 
@@ -104,8 +104,8 @@ def training_options(model_type: str, preset: str, changes: dict[str, Any]) -> d
 def described_model(weights: Path) -> tuple[str, dict[str, Any]]:
     """The kind of model and its options from the JSON beside a checkpoint's weights.
 
-    Of the options those are left out that say how to compute, or what the kind says. ("", {}) where
-    there is no such JSON, with a warning if there is one that cannot be used.
+    Of the options those are left out that say how to compute or to draw, or what the kind says.
+    ("", {}) where there is no such JSON, with a warning if there is one that cannot be used.
     """
     path = description_path(weights)
     if not path.exists():

@@ -83,7 +83,7 @@ def find_origin(config: TrainConfig, start: Start) -> Origin:
         given.check_bytes(
             with_ema=config.ema_rate > 0, with_training_state=not first["weights_only"]
         )
-        if not given.training_state and not config.weights_only:
+        if not given.training_state and not first["weights_only"]:
             logger.info("there is no training state of %s: steps count from 0", given.weights)
     return Origin(start.run_dir, given, False, first, settings)
 

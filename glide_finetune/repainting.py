@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from glide_finetune.data import images
+from glide_finetune.data.bad_samples import BadSample
 from glide_finetune.data.image_files import upright_size
 
 
@@ -68,12 +69,12 @@ def read_known_pixels(
         ValueError: a file cannot be read, the two have different sizes, a mask has nothing to
             repaint, or tensors have other shapes.
     """
-    files = [source for source in (image, mask) if not torch.is_tensor(source)]
-    if len(files) == 2:
-        _check_same_size(*files)
-    if not torch.is_tensor(image):
+    image, mask = (s if torch.is_tensor(s) else Path(s).expanduser() for s in (image, mask))
+    if isinstance(image, Path) and isinstance(mask, Path):
+        _check_same_size(image, mask)
+    if isinstance(image, Path):
         image = images.read_image(image, size)
-    if not torch.is_tensor(mask):
+    if isinstance(mask, Path):
         white = images.read_mask(mask, size)
         if not white.any():
             raise ValueError(
@@ -90,10 +91,17 @@ def read_known_pixels(
     return KnownPixels(image, mask)
 
 
-def _check_same_size(image: str | Path, mask: str | Path) -> None:
-    wanted, found = (f"{w}x{h}" for w, h in map(upright_size, (image, mask)))
+def _check_same_size(image: Path, mask: Path) -> None:
+    wanted, found = (f"{w}x{h}" for w, h in map(_size, (image, mask)))
     if found != wanted:
         raise ValueError(
             f"the mask {mask} has {found} pixels, the image {image} {wanted}: give a mask of the "
             "image's size"
         )
+
+
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        return upright_size(path)
+    except BadSample as error:
+        raise ValueError(f"cannot read {path}: {error}") from None

@@ -52,8 +52,8 @@ def create_run(checkpoints_dir: str | Path) -> Path:
 def newest_run(checkpoints_dir: str | Path) -> Path | None:
     """The run folder with the highest number; None if there is none.
 
-    It has its settings, which are the first that is written into it: without them it is the start
-    of a run for which the disk was full, or a folder of the user's, such as 2024.
+    It has its settings, without which nothing of value is written into it: it is the start of a run
+    for which the disk was full then, or a folder of the user's, such as 2024.
     """
     folder = Path(checkpoints_dir).expanduser()
     begun = (run for run in _runs(folder) if (run / ARGS_NAME).is_file())

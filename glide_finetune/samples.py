@@ -30,16 +30,15 @@ LINE_HEIGHT = 15
 MOST_LABEL_LINES = 5
 
 
-def labelled_grid(pictures: torch.Tensor, labels: list[str], columns: int = 0) -> Image.Image:
-    """Pictures side by side, each above its label.
+def labelled_grid(pictures: torch.Tensor, labels: list[str]) -> Image.Image:
+    """Pictures side by side, each above its label, in a grid about square.
 
     Args:
         pictures: (n, 3, height, width) in [-1, 1].
         labels: one for each picture; what exceeds `MOST_LABEL_LINES` lines is cut.
-        columns: pictures in a row; 0 makes the grid about square.
     """
     count, _, height, width = pictures.shape
-    columns = columns or math.ceil(math.sqrt(count))
+    columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     scale = max(1, CELL_WIDTH // width)
     width, height = width * scale, height * scale

@@ -1,8 +1,8 @@
 """The training loop: batches in, optimizer steps, and what happens between them.
 
 Every random draw follows from the seed and the number of the step, and every sample from the seed,
-the epoch and its position; so a run that goes on from a checkpoint makes the same steps as one
-that never stopped, and no random state needs to be kept.
+the epoch and its key or position; so a run that goes on from a checkpoint makes the same steps as
+one that never stopped, and no random state needs to be kept.
 """
 
 import contextlib
@@ -73,7 +73,6 @@ class Trainer:
         device: where to compute.
         validate: called as validate(trainer) every `eval_interval` steps and at the end; returns
             metrics.
-        provenance: what the model is trained from, for the descriptions of checkpoints.
         run_folder: where checkpoints go.
         log: takes the metrics.
         draw_samples: called as draw_samples(trainer) every `log_frequency` steps and at the end.
@@ -82,8 +81,10 @@ class Trainer:
             the samples is trained. None trains GLIDE's own loss as `config` says.
 
     Attributes:
-        run_folder, log, draw_samples, provenance: may be set until training begins; so a run can
-            `restore` a checkpoint before it writes anything.
+        run_folder, log, draw_samples: may be set until training begins; so a run can `restore` a
+            checkpoint before it writes anything.
+        provenance: what the model is trained from, for the descriptions of checkpoints; may be set
+            until then, too.
         progress: where the run is.
         ema: the average of the weights, None without `ema_rate`.
         precision: how the model computes.
@@ -100,7 +101,6 @@ class Trainer:
         options: dict[str, Any],
         device: torch.device | str,
         validate: Callable[["Trainer"], dict[str, float]] | None = None,
-        provenance: dict[str, Any] | None = None,
         run_folder: Path | None = None,
         log: MetricsLog | None = None,
         draw_samples: Callable[["Trainer"], Any] | None = None,
@@ -115,7 +115,7 @@ class Trainer:
         self.run_folder = run_folder
         self.log = log or MetricsLog(None)
         self.draw_samples = draw_samples
-        self.provenance = provenance or {}
+        self.provenance: dict[str, Any] = {}
         self.precision = Precision(config.precision, self.device)
         # Samples and validation use the model as it is: their batches have other shapes, for each
         # of which it would have to be compiled again.
@@ -128,6 +128,13 @@ class Trainer:
         self._losses = losses or self._glide_losses
         self._description_of_loss = {} if losses else {"vlb_weight": config.vlb_weight}
         self._learning_rates = [group["lr"] for group in optimizer.param_groups]
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if any(parameter.dtype == torch.float16 for parameter in self._parameters):
+            raise ValueError(
+                "the weights to train are float16, in which the squares of gradients vanish and "
+                "AdamW divides by zero: call convert_to_fp32() before the optimizer is made, and "
+                "compute in half precision with use_fp16 or --precision"
+            )
         self._bad_steps = BadSteps(config.loss_spike_factor)
         self._total_steps: int | None = None
         self._writer: CheckpointWriter | None = None
@@ -136,6 +143,7 @@ class Trainer:
         self._last_metrics: dict[str, float] = {}
         # The metrics of the last step and whether it ends the run, if `_after_step` was left.
         self._unreported: tuple[dict[str, float], bool] | None = None
+        self._has_left = False  # validation or samples of the last step, as training shall stop
 
     # ---------------------------------------------------------------- the loop
     def train(self, loader: Iterable) -> None:
@@ -201,8 +209,7 @@ class Trainer:
                 ):
                     metrics = self.train_step(batches) | timer.metrics(image_count(batches))
             except OutOfMemory:
-                if not self._updating:  # else the weights may be of two steps
-                    self._save_what_is_made()
+                self.save_what_is_made()
                 raise
             except Exception as error:
                 if self.stop_requested and is_of_the_compiler(error):  # which heard the signal too
@@ -231,11 +238,13 @@ class Trainer:
         try:
             yield
         except Exception:
-            self._save_what_is_made()
+            self.save_what_is_made()
             raise
 
-    def _save_what_is_made(self) -> None:
-        if self.progress.step == self.progress.first_step:
+    def save_what_is_made(self) -> None:
+        """Save before an error ends training, unless that hit the update of the weights, which may
+        then be of two steps, or nothing was trained."""
+        if self._updating or self.progress.step == self.progress.first_step:
             return
         try:
             self.finish()
@@ -268,7 +277,7 @@ class Trainer:
             self.scaler.scale(losses.loss.sum() / images).backward()
             meter.add(losses, timesteps)
         self.scaler.unscale_(self.optimizer)
-        grad_norm = clip_gradients(self.model.parameters(), self.config.max_grad_norm or math.inf)
+        grad_norm = clip_gradients(self._parameters, self.config.max_grad_norm or math.inf)
         metrics = meter.means(grad_norm=grad_norm) | {"lr": learning_rate}
         keys = sample_keys(batches)
         if not self._bad_steps.judge(self.progress, metrics["loss"], metrics["grad_norm"], keys):
@@ -279,6 +288,7 @@ class Trainer:
             self._updating = False
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)  # of parameters that the optimizer does not know
         self.progress.step += 1
         self.progress.batch += len(batches)
         self.progress.images += images
@@ -316,7 +326,7 @@ class Trainer:
         resumed run begins with them.
         """
         step, config = self.progress.step, self.config
-        self._unreported = (metrics, is_last)
+        self._unreported, self._has_left = (metrics, is_last), False
         validates = self._validate and (is_last or is_time(step, config.eval_interval))
         draws = self.draw_samples and (is_last or is_time(step, config.log_frequency))
         all_metrics = metrics | peak_memory(self.device)
@@ -327,7 +337,7 @@ class Trainer:
         display.show(step, all_metrics, is_last=is_last)
         if draws:
             self._unless_stopping(self.draw_samples)
-        if not (self.stop_requested and (validates or draws)):
+        if not self._has_left:
             self._unreported = None
         if is_time(step, config.save_checkpoint_interval):
             self.save()
@@ -345,6 +355,7 @@ class Trainer:
         try:
             return action(self)
         except _Interrupted:
+            self._has_left = True
             return None
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from glide_finetune.config import TrainConfig
+from glide_finetune.config import FIELDS, TrainConfig
 from glide_finetune.data import fingerprint
 from glide_finetune.data.captions import Tokenizer
 from glide_finetune.data.dataloading import FolderBatches, ShardBatches, make_dataloader
@@ -21,6 +21,11 @@ from glide_finetune.wds_loader import glide_wds_loader
 
 logger = logging.getLogger(__name__)
 
+LAION_LIMITS = (
+    "wds_min_size", "wds_min_aspect", "wds_max_aspect", "wds_min_similarity", "wds_allow_nsfw",
+)  # fmt: skip
+SHARD_LIMITS = ("wds_skip_words", "wds_epoch_samples")
+
 Split = Callable[[TextImageDataset, float, int], tuple[TextImageDataset, TextImageDataset]]
 
 
@@ -29,7 +34,8 @@ class TrainingData:
     """What `make_training_data` makes.
 
     loader: batches, with the keys of their samples last.
-    validation: items without keys and without anything random, if there is validation.
+    validation: items without keys and without anything random, if there is validation: a local
+        dataset or part of one, or shards.
     low_res: (1, 3, side_y, side_x) in [-1, 1], what the samples of an upsampler are made from: the
         image that is asked for, or one that is held back.
     example: the tensors of one item, (tokens, mask, images) or (tokens, mask, low_res, high_res),
@@ -39,7 +45,7 @@ class TrainingData:
     """
 
     loader: FolderBatches | ShardBatches
-    validation: Sequence | None
+    validation: Sequence | ShardStream | None
     low_res: torch.Tensor | None
     example: tuple[torch.Tensor, ...]
     description: str
@@ -62,6 +68,7 @@ def make_training_data(
     Raises:
         ValueError: nothing usable is there.
     """
+    _warn_of_idle_limits(config)
     training = make_dataset(config.data_dir, config, return_keys=True, tokenizer=tokenizer)
     validation, low_res = None, None
     if config.val_data_dir:
@@ -98,6 +105,19 @@ def make_training_data(
         _describe(config, training, validation),
         _fingerprint(training),
     )
+
+
+def _warn_of_idle_limits(config: TrainConfig) -> None:
+    """Tell of limits on what is trained on that nothing reads."""
+    if not config.use_webdataset:
+        idle, read_by = LAION_LIMITS + SHARD_LIMITS, "--use_webdataset"
+    elif config.wds_dataset_name != "laion":
+        idle, read_by = LAION_LIMITS, "--wds_dataset_name laion"
+    else:
+        return
+    for name in idle:
+        if getattr(config, name) != FIELDS[name].default:
+            logger.warning("--%s does nothing without %s", name, read_by)
 
 
 def make_dataset(

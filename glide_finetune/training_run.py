@@ -78,8 +78,9 @@ def run(config: TrainConfig, make_job: MakeJob | None = None) -> Outcome:
     """Train as `config` says.
 
     Args:
-        make_job: called as make_job(config, origin, device), before anything is written; None makes
-            `glide_job`.
+        config: completed and checked, as `arguments.parse_config` makes it.
+        make_job: called as make_job(config, origin, device), before anything is written but the
+            lock of a run that goes on; None makes `glide_job`.
 
     Raises:
         ValueError, OSError, DownloadError, TrainingDiverged, OutOfMemory: with one line for the

@@ -111,7 +111,7 @@ class WandbRun:
             # Not before the first figures, when the data workers are there: one that is forked
             # while wandb starts a process keeps the pipe open at whose end wandb waits for ever.
             call = self._calls.get()
-            run = self._start(wandb)
+            run = start(wandb, self._init_arguments)
             while call is not None:
                 call(run)
                 call = self._calls.get()
@@ -121,33 +121,36 @@ class WandbRun:
             with contextlib.suppress(Exception):
                 wandb.teardown()  # here, since at exit it would wait for the server
 
-    def _start(self, wandb: Any) -> Any:
-        settings = wandb.Settings(
-            init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, silent=True, console="off"
-        )
-        arguments = dict(self._init_arguments, settings=settings)
+
+def start(wandb: Any, arguments: Mapping[str, Any]) -> Any:
+    """A run of the module `wandb`, made by `wandb.init` with these arguments, which records offline
+    where there is no login, or no way to the server. Raises what wandb raises."""
+    settings = wandb.Settings(
+        init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, silent=True, console="off"
+    )
+    arguments = dict(arguments, settings=settings)
+    wandb.setup(settings=wandb.Settings(silent=True))
+    has_login = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
+    if not has_login:
+        arguments["mode"] = "offline"
+    why_offline = "" if has_login else "wandb has no login"
+    try:
+        run = wandb.init(**arguments)
+    except wandb.errors.CommError:  # as on a cluster's node
+        if "WANDB_MODE" in os.environ:
+            raise
+        why_offline = "wandb's server cannot be reached"
+        wandb.teardown()  # of what holds the run's id
         wandb.setup(settings=wandb.Settings(silent=True))
-        has_login = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
-        if not has_login:
-            arguments["mode"] = "offline"
-        why_offline = "" if has_login else "wandb has no login"
-        try:
-            run = wandb.init(**arguments)
-        except wandb.errors.CommError:  # as on a cluster's node
-            if "WANDB_MODE" in os.environ:
-                raise
-            why_offline = "wandb's server cannot be reached"
-            wandb.teardown()  # of what holds the run's id
-            wandb.setup(settings=wandb.Settings(silent=True))
-            run = wandb.init(**arguments, mode="offline")
-        if why_offline:
-            logger.warning(
-                "%s, so this run is recorded offline; to upload it: wandb sync %s",
-                why_offline, run.settings.sync_dir,
-            )  # fmt: skip
-        elif not run.offline:
-            logger.info("wandb: %s", run.url)
-        return run
+        run = wandb.init(**arguments, mode="offline")
+    if why_offline:
+        logger.warning(
+            "%s, so this run is recorded offline; to upload it: wandb sync %s",
+            why_offline, run.settings.sync_dir,
+        )  # fmt: skip
+    elif not run.offline:
+        logger.info("wandb: %s", run.url)
+    return run
 
 
 def warn_of_failure(error: Exception) -> None:

@@ -239,6 +239,15 @@ def test_a_batch_that_is_larger_than_the_data_is_told(capsys, caplog):
     assert "--batch_size is 40, but there are 20 samples" in caplog.text
 
 
+def test_limits_that_nothing_reads_are_told(capsys, caplog):
+    write_folder(20)
+    words = [*SMALL, "--data_dir", "data", "--wds_min_size", "3", "--wds_epoch_samples", "9"]
+    make_training_data(parse_config(words), "cpu")
+    assert "--wds_min_size does nothing without --use_webdataset" in caplog.text
+    assert "--wds_epoch_samples does nothing without --use_webdataset" in caplog.text
+    assert "--wds_min_aspect" not in caplog.text
+
+
 def test_the_picture_shows_what_training_begins_with(capsys, monkeypatch):
     write_folder(20)
     for path in Path("data").glob("*.txt"):

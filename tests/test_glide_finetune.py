@@ -1,14 +1,16 @@
 """The training steps and epochs that notebooks call."""
 
+import itertools
 import json
 from unittest import mock
 
 import pytest
 import torch
+import wandb
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from glide_finetune import train_util
+from glide_finetune import train_util, wandb_run
 from glide_finetune.batch_losses import batch_losses
 from glide_finetune.glide_finetune import (
     base_train_step,
@@ -318,11 +320,87 @@ def test_a_base_model_takes_no_notice_of_an_image_to_upsample(tmp_path):
     run_epoch(tmp_path, loader(), image_to_upsample="low_res_face.png")
 
 
-def test_wandb_setup_takes_the_old_arguments(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    run = train_util.wandb_setup(1, 64, 64, 1e-4, False, "cpu", "data", str(tmp_path))
-    run.log({"loss": 1.0}, step=1)
+@pytest.mark.parametrize("mode", ["disabled", "offline"])
+def test_wandb_setup_takes_the_old_arguments_and_begins_wandbs_own_run(tmp_path, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    run = train_util.wandb_setup(1, 64, 64, 1e-4, False, "cpu", "data", str(tmp_path / "runs"))
+    run.config.update({"note": "mine"})
+    run_epoch(tmp_path, loader(1), log_frequency=0, wandb_run=run)
+    wandb.log({"loss": 1.0})
     run.finish()
+    assert [path.name for path in tmp_path.glob("runs/wandb/offline-run-*")] != [] or (
+        mode == "disabled"
+    )
+
+
+def test_wandb_setup_survives_that_wandb_fails(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(wandb_run, "start", mock.Mock(side_effect=RuntimeError("no such luck")))
+    run = train_util.wandb_setup(1, 64, 64, 1e-4, False, "cpu", "data", str(tmp_path))
+    run.log({"loss": 1.0})
+    assert "wandb is off for this run (RuntimeError: no such luck)" in caplog.text
+
+
+def test_an_interrupted_epoch_is_saved(tmp_path):
+    def interrupted():
+        yield from itertools.islice(loader(), 3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_epoch(tmp_path, interrupted(), log_frequency=0)
+    names = [path.name for path in (tmp_path / "checkpoints").glob("*.json")]
+    assert len(names) == 1
+    assert load_model(str(tmp_path / "checkpoints" / names[0].replace(".json", ".pt")))
+    with pytest.raises(KeyboardInterrupt):  # with nothing to save
+        run_epoch(tmp_path, itertools.chain(interrupted_at_once()), log_frequency=0)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*.json")] == names
+
+
+def interrupted_at_once():
+    raise KeyboardInterrupt
+    yield
+
+
+def test_checkpoints_come_within_a_long_epoch(tmp_path):
+    run_epoch(tmp_path, loader(), log_frequency=0, save_checkpoint_interval=2)
+    names = [path.name for path in (tmp_path / "checkpoints").glob("*.json")]
+    assert sorted(names) == ["glide-ft-0x2.json", "glide-ft-1x4.json"]
+
+
+@pytest.mark.parametrize("use_fp16", [False, True])
+def test_gradients_that_the_optimizer_knows_nothing_of_make_no_difference(tmp_path, use_fp16):
+    """Such as those of a UNet that is set trainable after the optimizer was made."""
+    found = []
+    for requires_grad in (False, True):
+        model, diffusion, options = tiny_model(use_fp16=use_fp16, freeze_diffusion=True)
+        optimizer = make_optimizer(model, 1e-3, 0.0)
+        for parameter in model.parameters():
+            parameter.requires_grad_(requires_grad or parameter.requires_grad)
+        folder = tmp_path / str(requires_grad)
+        run_epoch(
+            folder, loader(), model=(model, diffusion, options), optimizer=optimizer,
+            log_frequency=0,
+        )  # fmt: skip
+        assert all(parameter.grad is None for parameter in model.parameters())
+        found.append([line["grad_norm"] for line in read_metrics(folder / "checkpoints")])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_float16_weights_are_refused(tmp_path):
+    model, diffusion, options = tiny_model()
+    model.convert_to_fp16()
+    with pytest.raises(ValueError, match=r"are float16.*convert_to_fp32\(\)"):
+        run_epoch(tmp_path, loader(), model=(model, diffusion, options))
+
+
+def test_a_wrapped_inpainting_model_gets_its_masks():
+    model, diffusion, _ = tiny_model("base-inpaint")
+    seen = []
+    model.register_forward_pre_hook(
+        lambda module, args, keywords: seen.append("inpaint_mask" in keywords), with_kwargs=True
+    )
+    base_train_step(torch.nn.DataParallel(model), diffusion, tiny_batch(), "cpu")
+    assert seen == [True]
 
 
 def test_the_newest_checkpoints_alone_are_kept_if_asked_for(tmp_path):

@@ -8,7 +8,7 @@ from PIL import Image
 from glide_finetune.glide_util import sample
 from glide_finetune.guidance import dynamic_threshold, guided, with_posterior_variance
 from glide_finetune.repainting import KnownPixels, read_known_pixels
-from glide_finetune.samplers import SAMPLERS
+from glide_finetune.sampler_options import SAMPLERS
 from glide_text2im.model_creation import create_gaussian_diffusion
 from tiny_training import SIDE, tiny_model
 
@@ -313,6 +313,14 @@ def test_a_mask_with_nothing_to_paint_is_refused(tmp_path):
     for name in ("black.png", "outside.png"):
         with pytest.raises(ValueError, match=f"{name} has nothing white in what is drawn"):
             read_known_pixels(tmp_path / "black.png", tmp_path / name, (4, 4))
+
+
+def test_files_to_paint_on_may_lie_in_the_home_folder_and_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "both.png")
+    assert not read_known_pixels("~/both.png", "~/both.png", (8, 8)).mask.any()
+    with pytest.raises(ValueError, match=r"cannot read .*none\.png"):
+        read_known_pixels("~/none.png", "~/both.png", (8, 8))
 
 
 def test_a_mask_of_another_size_is_refused(tmp_path):

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from glide_finetune import wandb_run
-from glide_finetune.metrics import MetricsLog, read_metrics, wandb_setup
+from glide_finetune.metrics import MetricsLog, read_metrics
+from glide_finetune.train_util import wandb_setup
 
 
 @pytest.fixture(autouse=True)

@@ -137,8 +137,11 @@ def test_activation_checkpointing_is_a_keyword_and_a_switch_and_for_training_onl
     assert model.activation_checkpointing
     recomputed = bytes_saved_for_backward(model.train(), batch)
     assert bytes_saved_for_backward(model.eval(), batch) > recomputed
-    model.activation_checkpointing = False
+    model.use_checkpoint = False
     assert not model.activation_checkpointing
+    model.use_checkpoint = True
+    assert model.activation_checkpointing
+    model.activation_checkpointing = False
     assert bytes_saved_for_backward(model.train(), batch) > recomputed
 
 

@@ -135,6 +135,10 @@ def test_a_list_file_that_cannot_be_used_is_one_clear_line(folder, content, mess
     assert not (folder / "owned").exists()
 
 
+def test_braces_may_stand_for_one_shard(folder):
+    assert expand_shards(f"{folder}/s-{{0001..0001}}.tar") == paths(folder, "s-0001.tar")
+
+
 def test_what_does_not_exist_is_one_clear_line(tmp_path):
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "fifo.tar")

@@ -794,3 +794,21 @@ def test_the_share_of_a_step_spent_waiting_for_data_is_told(monkeypatch):
     next(batches)
     clock.now += 9.0
     assert timer.metrics(6) == {"images_per_second": 0.5, "data/wait_share": 0.25}
+
+
+@pytest.mark.parametrize("what", ["draw_samples", "validate"])
+def test_a_stop_after_the_samples_are_drawn_leaves_nothing_to_do(tmp_path, what):
+    """It comes while they are written, say."""
+    calls = []
+
+    def action(trainer):
+        calls.append(trainer.progress.step)
+        trainer.stop_requested = True
+        return {"val/loss": 1.0}
+
+    trainer = tiny_trainer(
+        tmp_path, max_steps=3, log_frequency=2, eval_interval=2, **{what: action}
+    )
+    trainer.train(Batches(9))
+    assert calls == [2]
+    assert trainer.reported_step == trainer.progress.step == 2

@@ -88,7 +88,8 @@ def load_checkpoint(
     """The state dict of a released model, a key of MODEL_PATHS, on `device`.
 
     On the CPU its tensors are mapped from the file where that is possible, so they cost no memory
-    until they are read. Raises ValueError for an unknown name or an unreadable file, DownloadError.
+    until they are read. Raises ValueError for an unknown name or a file that holds no weights,
+    OSError for one that cannot be opened, DownloadError.
     """
     import torch  # here, since fetching files needs no torch
 

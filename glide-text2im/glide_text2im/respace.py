@@ -37,5 +37,6 @@ class SpacedDiffusion(GaussianDiffusion):
         alphas_cumprod = base.alphas_cumprod[kept]
         betas = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
         super().__init__(**{**kwargs, "betas": betas})
+        self.use_timesteps = set(kept)
         self.timestep_map = kept
         self.original_num_steps = base.num_timesteps

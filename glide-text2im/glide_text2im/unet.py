@@ -307,6 +307,8 @@ class UNet(nn.Module):
         for block in self._recomputed_blocks():
             block.recompute = enabled
 
+    use_checkpoint = activation_checkpointing  # the name that users of such models know
+
     def _recomputed_blocks(self) -> list[RecomputedModule]:
         return [block for block in self.modules() if isinstance(block, RecomputedModule)]
 

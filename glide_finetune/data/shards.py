@@ -69,7 +69,7 @@ def _expand(entry: str) -> list[str]:
     if path.is_dir():
         return _in_folder(path)
     names = _brace_expand(str(path))
-    if len(names) > 1:
+    if names != [str(path)]:
         return [shard for name in names for shard in _expand(name)]
     matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
     found = [shard for match in matches if match.is_dir() for shard in _in_folder(match)]
