@@ -150,7 +150,10 @@ class _Worker(Dataset):
     def _members(self, sample: Sample) -> dict[str, bytes]:
         image, (width, height) = read_prepared(sample.image, self.size, self.resize_ratio)
         encoded = io.BytesIO()
-        image.save(encoded, "JPEG", **JPEG)
+        try:
+            image.save(encoded, "JPEG", **JPEG)
+        except OSError as error:  # such as one of more than 65,500 pixels in a row
+            raise BadSample(f"{image.width}x{image.height} pixels are no JPEG: {error}") from None
         metadata = dict(sample.metadata)
         # Where the source tells of a size before its own, filters go by that one.
         for name, side in (("original_width", width), ("original_height", height)):
@@ -265,12 +268,10 @@ def _refuse_foreign(out: Path, config: TrainConfig) -> None:
 def _begin_or_go_on(out: Path, record: dict[str, Any]) -> None:
     """Put the record into a new folder, or hold it against the one that is there."""
     path = out / RECORD_NAME
-    if not path.exists():
-        write_json_atomic(path, record)
-        return
-    earlier = read_json(path)
+    earlier = read_json(path) if path.exists() else record
+    has_shards = any(out.glob("*.tar"))
     for name, value in record.items():
-        if earlier.get(name) == value:
+        if earlier.get(name) == value or (name == "source" and not has_shards):
             continue
         if name == "source":
             raise ValueError(
@@ -281,6 +282,8 @@ def _begin_or_go_on(out: Path, record: dict[str, Any]) -> None:
             f"--{name} is {value}, but {out} was begun with {earlier.get(name)}; give that again "
             "or a new --output_dir"
         )
+    if not has_shards:
+        write_json_atomic(path, record)
     remove_temporary(out)
 
 

@@ -39,7 +39,7 @@ class FolderSource:
     def __init__(self, folder: str, use_captions: bool) -> None:
         self.index = index_folder(folder, use_captions)
         self.samples: int | None = len(self.index.images)
-        self.identity = fingerprint.of_folder(self.index.images)
+        self.identity = fingerprint.of_files(self.index.folder, self.index.files())
         # What has not even a number among the samples.
         counts = self.index.left_out.counts
         self.left_out = Counter({KINDS[kind]: count for kind, count in counts.items()})

@@ -1,5 +1,6 @@
 """The data of a run: batches to train on, images to validate on, one to draw samples from."""
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -200,8 +201,8 @@ def _held_back_low_res(
 ) -> tuple[TextImageDataset | ShardStream, torch.Tensor]:
     """The training set less one image, and the low resolution of that image."""
     if isinstance(training, ShardStream):
-        *_, low_res, _, key = next(iter(training.for_evaluation()))
-        return training.without({key}), low_res.unsqueeze(0)
+        (*_, low_res, _, key), *others = itertools.islice(training.for_evaluation(), 2)
+        return training.without({key}) if others else training, low_res.unsqueeze(0)
     if validation is None and len(training) > 1:
         training, validation = hold_back(training, 1, seed)
     low_res = (validation or training.for_evaluation())[0][2]

@@ -387,6 +387,22 @@ def test_other_settings_are_refused_in_the_same_folder(tmp_path, capsys):
     assert content(out) == before
 
 
+def test_a_caption_that_was_changed_is_told(tmp_path, capsys):
+    source, out = write_folder(tmp_path / "in"), tmp_path / "out"
+    prepare(source, out)
+    next(source.glob("*.txt")).write_text("something else altogether")
+    prepare(source, out, status=1)
+    assert "has other files than when" in error_line(capsys)
+
+
+def test_a_picture_that_is_too_long_for_a_jpeg_is_left_out(tmp_path, caplog):
+    source, out = write_folder(tmp_path / "in"), tmp_path / "out"
+    Image.new("RGB", (70_000, 40)).save(source / "long.png")
+    (source / "long.txt").write_text("a strip")
+    prepare(source, out, "--side_x", "40", "--side_y", "40")
+    assert "long.png: 70000x40 pixels are no JPEG" in caplog.text
+
+
 def test_the_same_shards_may_be_named_in_another_way(tmp_path, monkeypatch):
     write_shard(tmp_path / "in/a.tar", {"0": {"jpg": encoded(picture()), "txt": b"a cat"}})
     monkeypatch.chdir(tmp_path)

@@ -92,6 +92,35 @@ def test_a_shard_cut_anywhere_gives_its_whole_samples_and_a_reason(tmp_path):
         assert fault
 
 
+def test_what_a_mac_packs_beside_each_file_is_passed_over(tmp_path):
+    members = [
+        (f"{folder}{mark}{name}", b"x")
+        for folder in ("", "./", "photos/", "__MACOSX/photos/")
+        for name in ("000.jpg", "000.txt")
+        for mark in ("._", "")
+    ]
+    members += [("photos/.DS_Store", b"x"), (".hidden/000.jpg", b"x")]
+    samples, fault = read(saved(tmp_path / "s.tar", tar_of(*members)))
+    assert fault == ""
+    assert samples.keys() == {"000", "photos/000"}
+    assert all(members == {"jpg": b"x", "txt": b"x"} for members in samples.values())
+
+
+@pytest.mark.parametrize("apart", [".txt", ".jpg"])
+def test_samples_whose_files_lie_apart_are_told(tmp_path, apart):
+    """As those of a folder that was packed in the order of the disk, or kind by kind."""
+    members = sorted(some_samples(), key=lambda member: (member[0].endswith(apart), member[0]))
+    _, fault = read(saved(tmp_path / "s.tar", tar_of(*members)))
+    assert "the files of sample 000 do not lie next to each other" in fault
+    assert "--sort=name" in fault
+
+
+def test_a_key_may_come_twice(tmp_path):
+    members = [*some_samples(1), ("001.jpg", b"x"), *some_samples(1)]
+    samples, fault = read(saved(tmp_path / "s.tar", tar_of(*members)))
+    assert (list(samples), fault) == (["000", "001"], "")
+
+
 @pytest.mark.parametrize("content", [b"", b"no tar at all" * 1000, bytes(range(256)) * 40])
 def test_what_is_no_tar_is_damaged(tmp_path, content):
     samples, fault = read(saved(tmp_path / "s.tar", content))

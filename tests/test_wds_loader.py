@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from glide_finetune.config import TrainConfig
 from glide_finetune.data import shard_stream
 from glide_finetune.data.dataloading import make_dataloader
+from glide_finetune.loader import TextImageDataset
+from glide_finetune.training_data import make_training_data
 from glide_finetune.wds_loader import glide_wds_loader
 from stub_tokenizer import StubTokenizer, caption_of
 
@@ -191,6 +195,7 @@ def test_an_unknown_dataset_name_and_crossed_limits_are_refused(tmp_path):
     ("members", "settings", "message"),
     [
         ({"cap": b"words"}, {}, r"1 no caption; give .* captions as --wds_caption_key$"),
+        ({"json": b'{"lc": "en"}'}, {"dataset_name": "alamy"}, r"1 no caption; give .* generic"),
         (
             {"json": b'{"caption": "words"}'},
             {"dataset_name": "alamy"},
@@ -224,11 +229,13 @@ def test_filters_that_reject_everything_end_with_the_counts(tmp_path):
             list(loader)
 
 
+DOTTED = {f"{number}.jpg": jpeg() for number in range(50)}
 # reason in the log, what it is counted as, the sample
 BAD_SAMPLES = {
     "empty": ("", "image", {**one(), "jpg": b""}),
     "cut": ("", "image", {**one(), "jpg": jpeg()[:300]}),
     "imageless": ("no .jpg among its members .txt, .json", "image", {**one(), "jpg": None}),
+    "dots": (r", … (a name ends at its first dot)", "image", DOTTED),
     "latin": ("not UTF-8", "caption", {**one(), "txt": "h\u00e9".encode("latin-1")}),
     "wide": ("not UTF-8", "caption", {**one(), "txt": "words".encode("utf-16")}),
     "wide-le": ("NUL bytes", "caption", {**one(), "txt": "words".encode("utf-16-le")}),
@@ -702,3 +709,36 @@ def test_a_loop_that_sets_no_epoch_gets_another_order_in_every_one(tmp_path, set
     assert first != second
     given = stream(shards, epoch=3)
     assert keys(given) == keys(given)
+
+
+def test_samples_that_no_filter_can_look_at_are_told(tmp_path, caplog):
+    samples = {f"{i}": {**one(i), "json": None} for i in range(3)} | {"3": one(3)}
+    shard = write_shard(tmp_path / "s.tar", samples)
+    loader = make_dataloader(stream(shard), 2, seed=0, num_workers=0, device="cpu")
+    left_out = sum((batch.left_out for batch in loader), Counter())
+    assert left_out == {"without_metadata": 3}
+    caplog.set_level("INFO")
+    assert "samples without metadata are taken as they are" in caplog.text
+    list(make_dataloader(stream(shard), 2, seed=0, num_workers=0, device="cpu"))
+    assert "samples without metadata to filter by: 3" in caplog.text
+
+
+def test_a_caption_has_the_same_tokens_from_a_shard_as_from_a_folder(tmp_path):
+    caption = "a  red\u00a0\tfox"
+    shard = write_shard(tmp_path / "s.tar", {"0": one(caption=caption)})
+    (tmp_path / "0.jpg").write_bytes(jpeg())
+    (tmp_path / "0.txt").write_text(caption)
+    folder = TextImageDataset(tmp_path, 12, 8, tokenizer=StubTokenizer(), use_captions=True)
+    (item,) = stream(shard)
+    assert torch.equal(item[0], folder[0][0])
+
+
+def test_an_upsampler_may_have_one_sample(tmp_path):
+    write_shard(tmp_path / "s.tar", {"0": one()})
+    config = TrainConfig(
+        data_dir=str(tmp_path), use_webdataset=True, train_upsample=True, side_x=8, side_y=8,
+        num_workers=0, uncond_p=0.0, wds_dataset_name="generic",
+    )  # fmt: skip
+    data = make_training_data(config, "cpu")
+    assert data.low_res.shape == (1, 3, 8, 8)
+    assert len(list(data.loader)) == 1

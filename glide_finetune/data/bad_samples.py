@@ -46,12 +46,14 @@ class Tally:
     skipped: those that could not be read, and damaged shards.
     filtered: how many were not wanted, by the reason in a few words.
     captions_cut: how many captions had more tokens than the model takes.
+    without_metadata: how many samples the filters could not look at.
     """
 
     samples: int = 0
     skipped: list[Skipped] = field(default_factory=list)
     filtered: Counter[str] = field(default_factory=Counter)
     captions_cut: int = 0
+    without_metadata: int = 0
 
     def skip(self, name: str, error: BadSample) -> None:
         """Note a sample that could not be read."""
@@ -64,11 +66,13 @@ class Tally:
         return taken
 
     def metrics(self) -> Counter[str]:
-        """Its figures by name: skipped_KIND, filtered_REASON, captions_cut; without zeros."""
+        """Its figures by name: skipped_KIND, filtered_REASON, captions_cut, without_metadata;
+        without zeros."""
         metrics = Counter(f"skipped_{skipped.kind}" for skipped in self.skipped)
         for reason, count in self.filtered.items():
             metrics[f"filtered_{reason.replace(' ', '_')}"] += count
         metrics["captions_cut"] += self.captions_cut
+        metrics["without_metadata"] += self.without_metadata
         return +metrics
 
 
@@ -89,7 +93,7 @@ class DataAccount:
         self._named: set[str] = set()
         self._example: Skipped | None = None
         self._left_out: Counter[str] = Counter()  # of this epoch
-        self._captions_cut = 0
+        self._captions_cut = self._without_metadata = 0
 
     def again(self, epoch_samples: int | None = None, *, gives_up: bool = True) -> "DataAccount":
         """One for another way through the same data, which names nothing a second time."""
@@ -109,6 +113,9 @@ class DataAccount:
                 self._name(skipped)
         self._left_out += tally.filtered
         self._captions_cut += tally.captions_cut
+        if tally.without_metadata and not self._without_metadata:
+            logger.warning("samples without metadata are taken as they are: no filter sees them")
+        self._without_metadata += tally.without_metadata
         if self._samples < self._trial:
             unreadable = [skipped for skipped in tally.skipped if skipped.kind != "shard"]
             if self._example is None or self._example.kind == "shard":
@@ -136,8 +143,10 @@ class DataAccount:
             logger.warning("this epoch left out %s", self.describe())
         if self._captions_cut:
             logger.info("captions cut to the length the model takes: %d", self._captions_cut)
+        if self._without_metadata:
+            logger.info("samples without metadata to filter by: %d", self._without_metadata)
         self._left_out.clear()
-        self._captions_cut = 0
+        self._captions_cut = self._without_metadata = 0
 
     @property
     def example(self) -> str:

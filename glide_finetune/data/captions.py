@@ -54,6 +54,12 @@ def is_visible(text: str) -> bool:
     return any(letter.isprintable() and not letter.isspace() for letter in text)
 
 
+def single_spaced(text: str) -> str:
+    """With single spaces in place of all white space, as line breaks and tabs of scraped text are,
+    so that a caption has the same tokens from a file as from a shard."""
+    return " ".join(text.split())
+
+
 def read_captions(path: str | os.PathLike) -> list[str]:
     """The captions of a text file, one for each line in which there is something to see; at least
     one.
@@ -66,7 +72,7 @@ def read_captions(path: str | os.PathLike) -> list[str]:
             text = decode_caption(file.read(MAX_CAPTION_BYTES + 1))
     except OSError as error:
         raise BadSample(f"the caption file cannot be read: {error.strerror}", "caption") from error
-    captions = [line.strip() for line in text.splitlines() if is_visible(line)]
+    captions = [single_spaced(line) for line in text.splitlines() if is_visible(line)]
     if not captions:
         raise BadSample("the caption file is blank", "caption")
     return captions

@@ -353,4 +353,4 @@ class ShardBatches:
             if is_empty and len(places) < size:
                 yield _picked(rest, list(islice(cycle(places), size)))
         elif is_empty:
-            raise ValueError(nothing_left(self._account))
+            raise ValueError(nothing_left(self._account, self._share.stream.caption_in_metadata))

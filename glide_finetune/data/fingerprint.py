@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from glide_finetune.data.shards import shard_names
 
@@ -18,6 +19,18 @@ def of_shards(shards: Sequence[str]) -> str:
         f"{name} {os.path.getsize(shard) if os.path.isfile(shard) else ''}"
         for shard, name in shard_names(shards).items()
     )
+
+
+def of_files(folder: Path, names: Iterable[str]) -> str:
+    """Of files, by their paths in a folder and their sizes: hexadecimal SHA-256."""
+    return _of_names(f"{name} {_size(folder / name)}" for name in names)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:  # such as a file that has been removed since
+        return None
 
 
 def _of_names(names: Iterable[str]) -> str:

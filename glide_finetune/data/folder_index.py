@@ -71,6 +71,15 @@ class FolderIndex:
             return read_captions(os.path.join(self.folder, caption_file))
         return self._metadata.read(image, self.images[image])
 
+    def files(self) -> Iterator[str]:
+        """The paths within the folder of all that samples are made from: images, their caption
+        files, and those of metadata."""
+        for image, path in enumerate(self.images):
+            yield path
+            if caption_file := self._caption_file(image):
+                yield caption_file
+        yield from self._metadata.files()
+
     def metrics(self) -> Counter[str]:
         """How much was left out when the files were listed, by the names of `Tally.metrics`."""
         counts = Counter({f"skipped_{kind}": count for kind, count in self.left_out.counts.items()})

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from glide_finetune.data.bad_samples import BadSample
-from glide_finetune.data.captions import decode_caption, is_visible
+from glide_finetune.data.captions import decode_caption, is_visible, single_spaced
 from glide_finetune.data.metadata import parse_metadata
 from glide_finetune.data.regular_files import open_regular
 
@@ -47,7 +47,7 @@ class MetadataFile:
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.path = folder / name
+        self.path, self.name = folder / name, name
         self._prefix = posixpath.dirname(name)
         self._columns: list[str] = []
         self._first = (1, 0)  # the line and the offset of the first row
@@ -124,7 +124,7 @@ def _captions(value: object) -> list[str]:
     texts = value if isinstance(value, list) else [value]
     # Encoded, as lone surrogates in JSON, and in CSV bytes that are not UTF-8, become bad captions.
     texts = [decode_caption(t.encode("utf-8", "surrogatepass")) for t in texts if _is_text(t)]
-    return [" ".join(text.split()) for text in texts if is_visible(text)]
+    return [single_spaced(text) for text in texts if is_visible(text)]
 
 
 def _is_text(value: object) -> bool:
@@ -175,6 +175,10 @@ class MetadataCaptions:
         row = len(self._rows)
         self._rows.extend((len(self._files) - 1, offset, self._last_row[image]))
         self._last_row[image] = row
+
+    def files(self) -> Iterator[str]:
+        """The paths within the data folder of the files that have rows of images."""
+        return (file.name for file in self._files)
 
     def __contains__(self, image: int) -> bool:
         return self._last_row[image] >= 0

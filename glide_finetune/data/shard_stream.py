@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.utils import pytorch_worker_info
 
 from glide_finetune.data.bad_samples import KINDS, BadSample, DataAccount, Tally
-from glide_finetune.data.captions import decode_caption, is_visible
+from glide_finetune.data.captions import decode_caption, is_visible, single_spaced
 from glide_finetune.data.metadata import parse_metadata
 from glide_finetune.data.sample_recipe import SampleRecipe
 from glide_finetune.data.shards import shard_names
@@ -31,6 +31,8 @@ ALAMY_CAPTION = "caption"  # the field of Alamy's metadata
 # breaks are those of scraped text.
 PREPARED_FROM = "prepared_from"
 SEVERAL_CAPTIONS = "captions"
+
+MOST_SUFFIXES = 6  # that a message names
 
 BUFFER_BYTES = 2**28  # of encoded samples that each worker holds to shuffle
 
@@ -158,7 +160,7 @@ class ShardStream(IterableDataset):
             yield item
         self.account.add(tally)
         if not given and get_worker_info() is None:
-            raise ValueError(nothing_left(self.account))
+            raise ValueError(nothing_left(self.account, self.caption_in_metadata))
         self.account.end_epoch()
 
     def _epoch_of_pass(self) -> int:
@@ -242,7 +244,7 @@ class ShardStream(IterableDataset):
         if key in self._held_back:
             return None
         try:
-            captions, reason = self._filter(sample)
+            captions, reason = self._filter(sample, tally)
         except BadSample as error:
             tally.samples += 1
             tally.skip(key, error)
@@ -254,13 +256,17 @@ class ShardStream(IterableDataset):
         metadata = sample.members.get(self.metadata_key, b"")
         return RawSample(key, image, captions, metadata, repeat)
 
-    def _filter(self, sample: TarSample) -> tuple[tuple[str, ...], str | None]:
+    def _filter(self, sample: TarSample, tally: Tally) -> tuple[tuple[str, ...], str | None]:
         """The captions of a sample, and the reason if it is not wanted. Raises BadSample."""
         if sample.key.startswith("/") or ".." in sample.key.split("/"):
             raise BadSample("a name that leads out of the shard", "name")
         if self.image_key and self.image_key not in sample.members:
-            others = ", ".join(f".{suffix}" for suffix in sample.members)
-            raise BadSample(f"there is no .{self.image_key} among its members {others}")
+            suffixes = [f".{suffix}" for suffix in sample.members]
+            others = ", ".join(suffixes[:MOST_SUFFIXES]) + ", …" * (len(suffixes) > MOST_SUFFIXES)
+            hint = " (a name ends at its first dot)" if len(suffixes) > MOST_SUFFIXES else ""
+            raise BadSample(f"there is no .{self.image_key} among its members {others}{hint}")
+        if self.reason_to_reject and self.metadata_key not in sample.members:
+            tally.without_metadata += 1
         metadata = self._metadata(sample)
         captions: tuple[str, ...] = ()
         if self.caption_in_metadata or self.caption_key:
@@ -292,9 +298,7 @@ class ShardStream(IterableDataset):
         else:
             texts = [sample.members[self.caption_key]] if self.caption_key in sample.members else []
         # A caption of scraped data may well hold line breaks; here it is one caption all the same.
-        captions = tuple(
-            " ".join(text.split()) for text in map(_caption, texts) if is_visible(text)
-        )
+        captions = tuple(single_spaced(text) for text in map(_caption, texts) if is_visible(text))
         if texts and not captions:
             raise BadSample("the caption is blank", "caption")
         return captions
@@ -330,7 +334,7 @@ def _caption(text: object) -> str:
     return decode_caption(text)
 
 
-def nothing_left(account: DataAccount) -> str:
+def nothing_left(account: DataAccount, caption_in_metadata: bool) -> str:
     """What to tell when an epoch has no sample."""
     reasons = account.reasons
     if not reasons:
@@ -342,7 +346,11 @@ def nothing_left(account: DataAccount) -> str:
     if KINDS["image"] in reasons:
         advice.append("give the suffix of its images as --wds_image_key")
     if NO_CAPTION in reasons:
-        advice.append("give the suffix of its captions as --wds_caption_key")
+        advice.append(
+            "give --wds_dataset_name generic, as the metadata have no caption"
+            if caption_in_metadata
+            else "give the suffix of its captions as --wds_caption_key"
+        )
     if NOT_ENGLISH in reasons:
         advice.append("give --wds_dataset_name generic, which asks for no language")
     if reasons - {*KINDS.values(), NO_CAPTION, NOT_ENGLISH}:
