@@ -19,7 +19,7 @@ from glide_finetune.generation import load_stage
 from glide_finetune.glide_util import sample
 from glide_finetune.sampler_options import SAMPLERS
 
-STEPS = ("10", "15", "20", "30", "50", "100", "fast27")
+STEPS = ("4", "5", "8", "10", "15", "20", "25", "30", "50", "100", "fast27")
 EXACT_STEPS = "1000"
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     )
     parser.add_argument("checkpoint", help="a .pt file of a base model, or a run folder")
     parser.add_argument("--prompt_file", type=Path, required=True, help="captions, one a line")
-    parser.add_argument("--pictures", type=int, default=8, help="captions to draw, one picture of")
+    parser.add_argument("--pictures", type=int, default=16, help="captions to draw, one picture of")
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--steps", nargs="+", default=STEPS, help="numbers or respacings")
     parser.add_argument("--device", default="cpu")

@@ -42,12 +42,14 @@ class BadSteps:
         self.mean_loss, self.steps_in_mean = state["mean_loss"], state["steps_in_mean"]
 
     def judge(self, progress: Progress, loss: float, grad_norm: float, keys: list[str]) -> bool:
-        """Take in the step that comes after `progress`, which is brought up to date; whether to
-        skip it.
+        """Judge the step that comes after `progress`, and count it there as skipped if it is bad.
 
         Args:
             loss, grad_norm: those of the step.
             keys: of its samples, to be named if it is bad.
+
+        Returns:
+            Whether it must be skipped.
 
         Raises:
             TrainingDiverged: it is bad like the `MAX_BAD_STEPS` - 1 before it.

@@ -1,9 +1,10 @@
 """How much of main memory tensors take that come and go: glibc's heap, on paper.
 
 torch asks for addresses that are multiples of 64. For those glibc looks for a free block that is 96
-bytes larger than the tensor, and gives back both ends of it, which small objects then take. What a
-freed tensor leaves is so too short for another one of its size, until a neighbour is free as well.
-That is why a process takes up to twice as much as all that is alive in it.
+bytes larger than the tensor, and splits off what it does not need at both ends; small objects then
+take these pieces. So the hole that a freed tensor leaves is too short for another tensor of its
+size, until a neighbour is free as well, and a process takes up to twice as much as all that is
+alive in it.
 """
 
 from bisect import bisect_left, insort

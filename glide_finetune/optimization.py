@@ -75,8 +75,8 @@ def _in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Take the moments from an earlier `state_dict`; learning rate, weight decay and `fused` stay.
 
-    They become what the optimizer keeps: those of AdamW are rounded to bfloat16 for
-    `LowMemoryAdamW`, whose own AdamW takes as they are.
+    They are converted to what the optimizer keeps: moments of AdamW are rounded to bfloat16 for
+    `LowMemoryAdamW`; the other way round they keep their values.
 
     Raises:
         ValueError: the state belongs to other parameters.

@@ -65,8 +65,9 @@ def run_program(
 
 
 def _open_standard_streams() -> None:
-    """What the caller has closed, as some launchers do, leads nowhere. Else the file that is opened
-    next would take its place, and get what is written to it. Lines go to standard error then."""
+    """Point standard streams that the caller has closed, as some launchers do, to /dev/null: else
+    the file that is opened next would take their place, and get what is written to them. Lines go
+    to standard error where standard output was closed."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -10,9 +10,9 @@ def split_by_caption(
 ) -> tuple[TextImageDataset, TextImageDataset]:
     """(training part, validation part) of a local dataset; all samples of a caption are in one.
 
-    The samples of one of `caption_groups` are held back if the hash of its name and the seed falls
-    below `fraction`; at least those are with the lowest hashes, up to a sample that can be read.
-    Reads every caption.
+    The samples of one of `caption_groups` are held back if the hash of its name and the seed, as a
+    number from 0 to 1, is below `fraction`. If that leaves none that can be read, groups are held
+    back in the order of their hashes until there is one. Reads every caption.
 
     Raises:
         ValueError: one of the two parts would be empty.

@@ -195,7 +195,7 @@ class _ShardShare(IterableDataset):
         self.start_batch = SharedInteger()
 
     def __iter__(self) -> Iterator[_Message]:
-        """Batches, without content those that are surely before `start_batch`.
+        """A message for every batch; for those that are surely before `start_batch` one without.
 
         The batches of all workers are taken in turn, so batch n of worker w is batch
         n * workers + w of the epoch, or an earlier one where another worker has run out. Hence
