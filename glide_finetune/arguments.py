@@ -63,8 +63,8 @@ def _with_defaults(typed: dict[str, Any]) -> dict[str, Any]:
     start = interpret_resume(
         typed.get("resume_ckpt", ""), settings.get("checkpoints_dir", TrainConfig.checkpoints_dir)
     )
-    if start.run_dir:
-        return merge(defaults, *of_run(start.run_dir, typed))
+    if start.run_folder:
+        return merge(defaults, *of_run(start.run_folder, typed))
     if start.weights and "model_preset" not in typed:
         kind, options = described_model(start.weights)
         if kind in MODEL_TYPES:  # else there are options of something that is no GLIDE
@@ -94,16 +94,16 @@ def saved_settings(
 
 
 def of_run(
-    run_dir: Path, typed: Mapping[str, Any], fields: Mapping[str, dataclasses.Field] = FIELDS
+    run_folder: Path, typed: Mapping[str, Any], fields: Mapping[str, dataclasses.Field] = FIELDS
 ) -> list[Mapping[str, Any]]:
     """Layers for `merge`: the settings of a run to go on in, and what is typed.
 
     They name the run by its folder, as "auto" may mean another one later, and the folder of runs
     by where it lies now, since it may have been moved. ConfigError as of `saved_settings`.
     """
-    now = {"checkpoints_dir": os.path.dirname(os.path.abspath(run_dir))}
-    saved = saved_settings("resume_ckpt", run_dir, fields)
-    return [saved, now, typed, {"resume_ckpt": str(run_dir)}]
+    now = {"checkpoints_dir": os.path.dirname(os.path.abspath(run_folder))}
+    saved = saved_settings("resume_ckpt", run_folder, fields)
+    return [saved, now, typed, {"resume_ckpt": str(run_folder)}]
 
 
 def refuse_commands(saved: Mapping[str, Any], typed: Mapping[str, Any]) -> None:

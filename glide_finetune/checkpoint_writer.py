@@ -26,7 +26,7 @@ class CheckpointWriter:
     memory for them, training waits until the checkpoint is written.
 
     Args:
-        run_dir: the folder of the run.
+        run_folder: the folder of the run.
         keep: how many of its checkpoints to keep, 0 for all; older ones are deleted once a new one
             is whole.
 
@@ -34,8 +34,8 @@ class CheckpointWriter:
         saved_step: of the newest checkpoint that is whole; 0 for none yet.
     """
 
-    def __init__(self, run_dir: Path, keep: int = 0) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_folder: Path, keep: int = 0) -> None:
+        self.run_folder = run_folder
         self.keep = keep
         self.saved_step = 0
         self._copies: dict[str, Tensor] = {}
@@ -83,9 +83,9 @@ class CheckpointWriter:
         self._error = None
         try:
             if self._unfinished:  # else one after the other they would fill a disk for good
-                delete_unfinished(self.run_dir, *self._unfinished)
+                delete_unfinished(self.run_folder, *self._unfinished)
             self._unfinished = (checkpoint["epoch"], checkpoint["step"])
-            save_checkpoint(self.run_dir, **checkpoint)
+            save_checkpoint(self.run_folder, **checkpoint)
             self._unfinished = None
         except Exception as error:  # anything else would end the thread unheard
             self._error = error
@@ -93,7 +93,7 @@ class CheckpointWriter:
             return
         self.saved_step = checkpoint["step"]
         try:
-            prune(self.run_dir, self.keep)
+            prune(self.run_folder, self.keep)
         except OSError as error:
             logger.warning("older checkpoints could not be deleted: %s", error)
 

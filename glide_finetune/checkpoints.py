@@ -73,7 +73,7 @@ class CheckpointFiles:
 
 
 def save_checkpoint(
-    run_dir: Path,
+    run_folder: Path,
     *,
     epoch: int,
     step: int,
@@ -89,10 +89,10 @@ def save_checkpoint(
     are added. OSError, in one line, if it cannot be written; other checkpoints stay as they are.
     """
     training_state = _plain_tree(training_state, "training_state")
-    paths = _paths(run_dir, epoch, step)
+    paths = _paths(run_folder, epoch, step)
     try:
         paths["description"].unlink(missing_ok=True)
-        sync_folder(run_dir)
+        sync_folder(run_folder)
         write_weights(paths["weights"], model_state)
         if ema_state is None:
             paths["ema"].unlink(missing_ok=True)
@@ -110,22 +110,22 @@ def save_checkpoint(
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(
-            f"the checkpoint of step {step} could not be written to {run_dir} ({cause}): free some "
-            "disk space or keep fewer checkpoints; older checkpoints are unharmed"
+            f"the checkpoint of step {step} could not be written to {run_folder} ({cause}): free "
+            "some disk space or keep fewer checkpoints; older checkpoints are unharmed"
         ) from error
     return paths["weights"]
 
 
-def newest_checkpoint(run_dir: Path) -> CheckpointFiles | None:
+def newest_checkpoint(run_folder: Path) -> CheckpointFiles | None:
     """The whole checkpoint with the highest step; None if the run has none."""
-    return max(_whole_checkpoints(run_dir), key=_age, default=None)
+    return max(_whole_checkpoints(run_folder), key=_age, default=None)
 
 
-def newest_to_go_on_from(run_dir: Path) -> tuple[CheckpointFiles | None, dict[Path, str]]:
+def newest_to_go_on_from(run_folder: Path) -> tuple[CheckpointFiles | None, dict[Path, str]]:
     """The newest checkpoint that is whole to the last byte, and what is wrong with newer ones, by
     their weights files, oldest first."""
-    damaged = damaged_checkpoints(run_dir)
-    for files in sorted(_whole_checkpoints(run_dir), key=_age, reverse=True):
+    damaged = damaged_checkpoints(run_folder)
+    for files in sorted(_whole_checkpoints(run_folder), key=_age, reverse=True):
         try:
             files.check_bytes(own=True)
         except DamagedFileError as error:
@@ -135,19 +135,19 @@ def newest_to_go_on_from(run_dir: Path) -> tuple[CheckpointFiles | None, dict[Pa
     return None, damaged
 
 
-def damaged_checkpoints(run_dir: Path) -> dict[Path, str]:
+def damaged_checkpoints(run_folder: Path) -> dict[Path, str]:
     """The weights files of checkpoints that were whole once and are newer than the newest that is,
     oldest first, each with what its checkpoint lacks.
 
     One that was never finished is none of them: a process killed in mid-write leaves such a one.
     """
-    newest = newest_checkpoint(run_dir)
+    newest = newest_checkpoint(run_folder)
     found, undescribed = {}, {}
-    for path in run_dir.iterdir():
+    for path in run_folder.iterdir():
         for role in ("weights", "description"):
             if match := _PATTERNS[role].fullmatch(path.name):
                 epoch, step = int(match[1]), int(match[2])
-                paths = _paths(run_dir, epoch, step)
+                paths = _paths(run_folder, epoch, step)
                 if newest and (step, epoch) <= _age(newest):
                     continue
                 if paths["description"].exists():
@@ -162,9 +162,9 @@ def damaged_checkpoints(run_dir: Path) -> dict[Path, str]:
     return dict(checkpoint for _, checkpoint in sorted((found | undescribed).items()))
 
 
-def delete_unfinished(run_dir: Path, epoch: int, step: int) -> None:
+def delete_unfinished(run_folder: Path, epoch: int, step: int) -> None:
     """Delete what `save_checkpoint` has left of one that it could not write."""
-    paths = _paths(run_dir, epoch, step)
+    paths = _paths(run_folder, epoch, step)
     if not paths["description"].exists():
         for path in paths.values():
             path.unlink(missing_ok=True)
@@ -202,31 +202,31 @@ def set_aside(weights: Path) -> None:
         description.replace(description.with_name(description.name + ".damaged"))
 
 
-def prune(run_dir: Path, keep: int) -> None:
+def prune(run_folder: Path, keep: int) -> None:
     """Delete what is older than the `keep` newest whole checkpoints; 0 keeps everything."""
-    whole = sorted(_whole_checkpoints(run_dir), key=_age)
+    whole = sorted(_whole_checkpoints(run_folder), key=_age)
     if keep == 0 or not whole:
         return
     oldest_kept = _age(whole[-keep:][0])
     for role in ("description", "weights", "ema", "training_state"):
         # Descriptions first: a checkpoint that is half deleted must not look whole.
-        for path in run_dir.iterdir():
+        for path in run_folder.iterdir():
             match = _PATTERNS[role].fullmatch(path.name)
             if match and (int(match[2]), int(match[1])) < oldest_kept:
                 path.unlink(missing_ok=True)
 
 
-def _paths(run_dir: Path, epoch: int, step: int) -> dict[str, Path]:
-    return {role: run_dir / name.format(epoch, step) for role, name in _NAMES.items()}
+def _paths(run_folder: Path, epoch: int, step: int) -> dict[str, Path]:
+    return {role: run_folder / name.format(epoch, step) for role, name in _NAMES.items()}
 
 
 def _age(files: CheckpointFiles) -> tuple[int, int]:
     return files.step, files.epoch
 
 
-def _whole_checkpoints(run_dir: Path) -> list[CheckpointFiles]:
+def _whole_checkpoints(run_folder: Path) -> list[CheckpointFiles]:
     found = []
-    for path in run_dir.iterdir():
+    for path in run_folder.iterdir():
         if _PATTERNS["description"].fullmatch(path.name) and (files := _if_whole(path)):
             found.append(files)
     return found

@@ -192,15 +192,16 @@ def _check_start(config: TrainConfig, start: Start) -> None:
                 f"--resume_ckpt: {start.weights} is a model of kind {kind}, but one of kind "
                 f"{config.model_type} is to be trained; {_way_to_train(kind, config)}"
             )
-    elif start.run_dir:
-        saved = read_args(start.run_dir)
+    elif start.run_folder:
+        saved = read_args(start.run_folder)
         kind = type_of_model(
             upsample=saved.get("train_upsample", False), inpaint=saved.get("train_inpaint", False)
         )
         if kind != config.model_type:
             raise ConfigError(
-                f"--resume_ckpt: the run {start.run_dir} trains a model of kind {kind}, not one of "
-                f"kind {config.model_type}; {_way_to_train(kind, config)}, or start from a .pt file"
+                f"--resume_ckpt: the run {start.run_folder} trains a model of kind {kind}, not one "
+                f"of kind {config.model_type}; {_way_to_train(kind, config)}, or start from a .pt "
+                "file"
             )
     elif config.init == "pretrained":
         released = released_options(config.model_type)
@@ -259,8 +260,8 @@ def check_files(config: TrainConfig, start: Start) -> None:
         path = getattr(config, name)
         if path != made_later.get(name) and (path or name == "data_dir"):
             _check_data(config, name, path)
-    if start.run_dir:  # which need not lie in --checkpoints_dir, if it was moved
-        check_writable("resume_ckpt", str(start.run_dir))
+    if start.run_folder:  # which need not lie in --checkpoints_dir, if it was moved
+        check_writable("resume_ckpt", str(start.run_folder))
     else:
         check_writable("checkpoints_dir", config.checkpoints_dir)
     if not (config.use_captions or config.use_webdataset):

@@ -292,7 +292,7 @@ def load_stage(name: str, source: str, stage: str, inpainting: str | bool = Fals
         return Stage(RELEASED, model, options)
     path = _weights_in(name, Path(source).expanduser())
     weights.check_bytes(path)
-    kind = described_model(path)[0] or weights.kind_of_model(weights.read_weights(path)) or wanted
+    kind = described_model(path)[0] or weights.kind_of_weights(weights.read_weights(path)) or wanted
     check_stage(name, path, kind, stage)
     if inpainting and kind != wanted:
         raise ValueError(

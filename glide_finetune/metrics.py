@@ -27,7 +27,7 @@ class MetricsLog:
     metrics.jsonl has one object a line: "step", then the metrics in the order given. NaN and
     infinities are the strings "NaN", "Infinity", "-Infinity"; `read_metrics` turns them back.
 
-    run_dir: None makes an object that does nothing.
+    run_folder: None makes an object that does nothing.
     resume_step: the step of the checkpoint that the run goes on from. Lines of later steps are
         dropped, since they come again; so everything of a step must be logged before its
         checkpoint is saved. None: the run begins, and so does the file.
@@ -39,7 +39,7 @@ class MetricsLog:
 
     def __init__(
         self,
-        run_dir: Path | None,
+        run_folder: Path | None,
         *,
         resume_step: int | None = None,
         project: str | None = None,
@@ -50,19 +50,19 @@ class MetricsLog:
         self._unwritten = b""  # lines that a full disk has not taken yet
         self._disk_takes_lines = True
         self._wandb, self._owns_wandb = None, False
-        if run_dir is None:
+        if run_folder is None:
             return
         self._wandb = wandb_run
-        path = run_dir / METRICS_NAME
+        path = run_folder / METRICS_NAME
         _rewind(path, resume_step)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         if project is not None:
             self._owns_wandb = True
             self._wandb = WandbRun(
-                run_dir,
+                run_folder,
                 project=project,
                 config=valid_json(config or {}),
-                run_id=_wandb_id(run_dir),
+                run_id=_wandb_id(run_folder),
             )
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
@@ -132,7 +132,7 @@ class MetricsLog:
             warn_of_failure(error)
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, NaN and infinities as numbers; unreadable lines are left out."""
     numbers = {text: float(text) for text in ("NaN", "Infinity", "-Infinity")}
     return [
@@ -140,7 +140,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
             name: numbers.get(value, value) if isinstance(value, str) else value
             for name, value in record.items()
         }
-        for _, record in _lines(run_dir / METRICS_NAME)
+        for _, record in _lines(run_folder / METRICS_NAME)
     ]
 
 
@@ -168,9 +168,9 @@ def _rewind(path: Path, step: int | None) -> None:
         file.write("".join(line + "\n" for line in kept).encode("utf-8"))
 
 
-def _wandb_id(run_dir: Path) -> str:
+def _wandb_id(run_folder: Path) -> str:
     """The id of this run's wandb run, made once."""
-    path = run_dir / WANDB_ID_NAME
+    path = run_folder / WANDB_ID_NAME
     if path.exists():
         run_id = path.read_text(encoding="utf-8", errors="replace").strip()
         if re.fullmatch(r"[\w-]+", run_id, re.ASCII):  # else the file is damaged

@@ -198,13 +198,13 @@ def _with_defaults(typed: dict[str, Any]) -> dict[str, Any]:
     start = interpret_resume(
         typed.get("resume_ckpt", ""), settings.get("checkpoints_dir", ClipConfig.checkpoints_dir)
     )
-    if start.run_dir:
-        if "freeze_text" not in read_args(start.run_dir):
+    if start.run_folder:
+        if "freeze_text" not in read_args(start.run_folder):
             raise ConfigError(
-                f"--resume_ckpt: the run {start.run_dir} trains no CLIP: go on with it by "
+                f"--resume_ckpt: the run {start.run_folder} trains no CLIP: go on with it by "
                 f"{TrainConfig().command}"
             )
-        return merge(defaults, *of_run(start.run_dir, typed, SETTINGS))
+        return merge(defaults, *of_run(start.run_folder, typed, SETTINGS))
     if start.weights and "model_preset" not in typed:
         kind, options = described_model(start.weights)
         if kind == CLIP_KIND:  # else `check` tells what it is
@@ -283,7 +283,7 @@ def _check_start(config: ClipConfig, start: Start) -> None:
         kind, _ = described_model(start.weights)
         if kind not in ("", CLIP_KIND):
             raise ConfigError(f"--resume_ckpt: {start.weights} is a model of kind {kind}, no CLIP")
-    elif not start.run_dir and config.clip and config.clip != [RELEASED]:
+    elif not start.run_folder and config.clip and config.clip != [RELEASED]:
         paths = clip_paths(config.clip)
         if len(paths) == 1:
             raise ConfigError(
@@ -293,7 +293,7 @@ def _check_start(config: ClipConfig, start: Start) -> None:
         for path in paths:
             if not path.is_file():
                 raise ConfigError(f"--clip: there is no file {path}")
-    elif not start.run_dir and config.init == "pretrained":  # OpenAI's
+    elif not start.run_folder and config.init == "pretrained":  # OpenAI's
         other = [key for key, value in config.options.items() if value != RELEASED_OPTIONS[key]]
         if other:
             raise ConfigError(

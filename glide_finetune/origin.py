@@ -15,7 +15,7 @@ from glide_finetune.checkpoints import (
 from glide_finetune.config import TrainConfig
 from glide_finetune.model_options import description_path
 from glide_finetune.runs import Start, read_args
-from glide_finetune.weights import kind_of_model, may_be_widened, read_weights
+from glide_finetune.weights import kind_of_weights, may_be_widened, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class Origin:
     """The files that a training process starts from, as they are found under the lock of the run.
 
-    run_dir: the run to go on in; None makes a new one.
+    run_folder: the run to go on in; None makes a new one.
     checkpoint: where weights, and perhaps the training state, come from; None follows `init`.
     checkpoint_is_own: whether it is one of that run's own.
     first: the settings `resume_ckpt` and `weights_only` that the run began with, which it needs
@@ -33,7 +33,7 @@ class Origin:
     damaged: the weights files of newer checkpoints of the run, which are passed over.
     """
 
-    run_dir: Path | None = None
+    run_folder: Path | None = None
     checkpoint: CheckpointFiles | None = None
     checkpoint_is_own: bool = False
     first: dict[str, Any] = field(default_factory=dict)
@@ -71,13 +71,13 @@ def find_origin(config: TrainConfig, start: Start) -> Origin:
     first = {"resume_ckpt": "", "weights_only": config.weights_only}
     if start.weights:
         first["resume_ckpt"] = str(start.weights.resolve())
-    if start.run_dir:
-        settings = read_args(start.run_dir)
+    if start.run_folder:
+        settings = read_args(start.run_folder)
         first = {name: settings.get(name, value) for name, value in first.items()}
-        own, damaged = newest_to_go_on_from(start.run_dir)
-        _tell_of_damage(start.run_dir, own, damaged)
+        own, damaged = newest_to_go_on_from(start.run_folder)
+        _tell_of_damage(start.run_folder, own, damaged)
         if own:
-            return Origin(start.run_dir, own, True, first, settings, tuple(damaged))
+            return Origin(start.run_folder, own, True, first, settings, tuple(damaged))
     given = files_beside(Path(first["resume_ckpt"])) if first["resume_ckpt"] else None
     if given:
         given.check_bytes(
@@ -85,11 +85,11 @@ def find_origin(config: TrainConfig, start: Start) -> Origin:
         )
         if not given.training_state and not first["weights_only"]:
             logger.info("there is no training state of %s: steps count from 0", given.weights)
-    return Origin(start.run_dir, given, False, first, settings)
+    return Origin(start.run_folder, given, False, first, settings)
 
 
 def _tell_of_damage(
-    run_dir: Path, own: CheckpointFiles | None, damaged: Mapping[Path, str]
+    run_folder: Path, own: CheckpointFiles | None, damaged: Mapping[Path, str]
 ) -> None:
     if not damaged:
         return
@@ -102,12 +102,12 @@ def _tell_of_damage(
     weights = next((path for path in reversed(damaged) if path.exists()), None)
     instead = f"start a new run with --resume_ckpt {weights}, " if weights else ""
     raise ValueError(
-        f"{run_dir} has no checkpoint that is whole: {told}; put back what is missing, {instead}or "
-        "delete its checkpoints to train it from its beginning"
+        f"{run_folder} has no checkpoint that is whole: {told}; put back what is missing, {instead}"
+        "or delete its checkpoints to train it from its beginning"
     )
 
 
-def widened(origin: Origin, config: TrainConfig) -> Origin:
+def without_state_if_widened(origin: Origin, config: TrainConfig) -> Origin:
     """`origin`, without its training state if an inpainting model starts from weights of the kind
     that knows nothing of masks: the moments would not fit a wider convolution. That is logged.
 
@@ -120,7 +120,7 @@ def widened(origin: Origin, config: TrainConfig) -> Origin:
     weights = read_weights(checkpoint.weights)
     if not may_be_widened(weights, config.model_type):
         return origin
-    kind = kind_of_model(weights)
+    kind = kind_of_weights(weights)
     if config.freeze_diffusion:
         raise ValueError(
             f"--freeze_diffusion: {checkpoint.weights} is a model of kind {kind}, whose UNet has "

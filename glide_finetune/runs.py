@@ -20,11 +20,11 @@ class Start:
     """What `--resume_ckpt` means; at most one of the two is given. An `Origin` has the files that
     are found there.
 
-    run_dir: go on in this folder from its newest checkpoint (from its beginning if it has none).
+    run_folder: go on in this folder from its newest checkpoint (from its beginning if it has none).
     weights: make a new run that starts from this file, and from the training state beside it.
     """
 
-    run_dir: Path | None = None
+    run_folder: Path | None = None
     weights: Path | None = None
 
 
@@ -35,13 +35,13 @@ def create_run(checkpoints_dir: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         number = max((int(run.name) for run in _runs(folder)), default=-1) + 1
         while True:
-            run_dir = folder / f"{number:04d}"
+            run_folder = folder / f"{number:04d}"
             try:
-                run_dir.mkdir()
+                run_folder.mkdir()
             except FileExistsError:  # another process was faster, or it is a file
                 number += 1
             else:
-                return run_dir
+                return run_folder
     except OSError as error:
         raise ValueError(
             f"no run folder can be made in {folder} ({error.strerror}): "
@@ -74,7 +74,7 @@ def interpret_resume(resume_ckpt: str, checkpoints_dir: str | Path) -> Start:
     if not resume_ckpt:
         return Start()
     if resume_ckpt == "auto":
-        return Start(run_dir=newest_run(checkpoints_dir))
+        return Start(run_folder=newest_run(checkpoints_dir))
     path = Path(resume_ckpt).expanduser()
     if not path.exists():
         raise ValueError(
@@ -84,7 +84,7 @@ def interpret_resume(resume_ckpt: str, checkpoints_dir: str | Path) -> Start:
     if not path.is_dir():
         return Start(weights=path)
     if (path / ARGS_NAME).is_file():
-        return Start(run_dir=path)
+        return Start(run_folder=path)
     inside = newest_run(path)
     advice = f"the newest run in it is {inside}" if inside else "to use only weights, give the file"
     raise ValueError(
@@ -92,9 +92,9 @@ def interpret_resume(resume_ckpt: str, checkpoints_dir: str | Path) -> Start:
     )
 
 
-def write_args(run_dir: Path, args: Mapping[str, Any]) -> Path:
+def write_args(run_folder: Path, args: Mapping[str, Any]) -> Path:
     """Store the settings of a run; returns the file."""
-    path = run_dir / ARGS_NAME
+    path = run_folder / ARGS_NAME
     write_json_atomic(path, args)
     return path
 

@@ -27,7 +27,7 @@ from glide_finetune.memory import (
 )
 from glide_finetune.metrics import MetricsLog
 from glide_finetune.optimization import make_optimizer
-from glide_finetune.origin import Origin, find_origin, widened
+from glide_finetune.origin import Origin, find_origin, without_state_if_widened
 from glide_finetune.programs import LineHandler
 from glide_finetune.runs import create_run, interpret_resume, write_args
 from glide_finetune.samples import SampleDrawer
@@ -90,8 +90,10 @@ def run(config: TrainConfig, make_job: MakeJob | None = None) -> Outcome:
         demo.prepare(config)
     with contextlib.ExitStack() as stack:
         start = interpret_resume(config.resume_ckpt, config.checkpoints_dir)
-        if start.run_dir:  # before its checkpoints are looked for, which change while it is trained
-            stack.enter_context(locked(start.run_dir, INSTEAD))
+        if (
+            start.run_folder
+        ):  # before its checkpoints are looked for, which change while it is trained
+            stack.enter_context(locked(start.run_folder, INSTEAD))
         return _run(config, find_origin(config, start), make_job or glide_job, stack)
 
 
@@ -115,8 +117,8 @@ def _run(
     }
 
     # from here on something is written
-    trainer.run_folder = run_folder = origin.run_dir or create_run(config.checkpoints_dir)
-    if not origin.run_dir:
+    trainer.run_folder = run_folder = origin.run_folder or create_run(config.checkpoints_dir)
+    if not origin.run_folder:
         stack.enter_context(locked(run_folder, INSTEAD))
     for folder in (run_folder, run_folder / SAMPLES_NAME):
         remove_temporary(folder)
@@ -161,7 +163,7 @@ def glide_job(config: TrainConfig, origin: Origin, device: torch.device) -> Job:
     checkpoint = origin.checkpoint
     # first the data, since mistakes in it should not have to wait for a download
     data = make_training_data(config, device)
-    origin = widened(origin, config)
+    origin = without_state_if_widened(origin, config)
     model, diffusion, options = load_model(
         str(checkpoint.weights) if checkpoint else "",
         use_fp16=config.use_fp16,
@@ -260,7 +262,7 @@ def warn_of_changes(origin: Origin, now: dict[str, Any], config: TrainConfig) ->
         for field in fields(config)
         if not field.metadata["once"] and field.name != "checkpoints_dir"  # the run may be moved
     ]
-    if not origin.run_dir:  # a new run has its own folders, samples and intervals
+    if not origin.run_folder:  # a new run has its own folders, samples and intervals
         before = described.get("settings", {})
         of_interest = [f for f in of_interest if f.metadata["group"] in (DATA, TRAINING)]
     changes = [
@@ -274,7 +276,7 @@ def warn_of_changes(origin: Origin, now: dict[str, Any], config: TrainConfig) ->
         other = "other files" if texts[0] == texts[1] else f"{texts[0]} -> {texts[1]}"
         changes.append(f"data: {other}")
     if changes:
-        what = origin.run_dir or origin.checkpoint.training_state
+        what = origin.run_folder or origin.checkpoint.training_state
         logger.warning("%s was trained with other settings: %s", what, "; ".join(changes))
 
 

@@ -166,7 +166,7 @@ def check_bytes(path: Path, *, own: bool = False) -> None:
         ) from None
 
 
-def kind_of_model(state: Mapping[str, Tensor]) -> str | None:
+def kind_of_weights(state: Mapping[str, Tensor]) -> str | None:
     """base, upsample, base-inpaint or upsample-inpaint; None if these are no weights of GLIDE."""
     first = state.get(FIRST_CONVOLUTION)
     return None if first is None or first.ndim != 4 else KINDS_BY_CHANNELS.get(first.shape[1])
@@ -174,7 +174,7 @@ def kind_of_model(state: Mapping[str, Tensor]) -> str | None:
 
 def may_be_widened(state: Mapping[str, Tensor], kind: str | None) -> bool:
     """Whether these weights are of the kind that an inpainting model of `kind` may start from."""
-    return kind in WIDENED_FROM and kind_of_model(state) == WIDENED_FROM[kind]
+    return kind in WIDENED_FROM and kind_of_weights(state) == WIDENED_FROM[kind]
 
 
 def widened(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -207,7 +207,7 @@ def build_and_load(
         weights, label = read_weights(source), str(source)
     with torch.device("meta"):
         model = create()
-    if may_be_widened(weights, kind_of_model(model.state_dict())):
+    if may_be_widened(weights, kind_of_weights(model.state_dict())):
         weights = widened(weights)
     check_fit(model, weights, label)
     names = model.state_dict().keys()
@@ -250,7 +250,7 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor], label: str) -> No
         )
         if found
     )
-    kind, wanted_kind = kind_of_model(weights), kind_of_model(wanted)
+    kind, wanted_kind = kind_of_weights(weights), kind_of_weights(wanted)
     if len(missing) == len(wanted):
         advice = "it belongs to a model of another family, give the weights of a GLIDE model"
     elif kind and wanted_kind and kind != wanted_kind:

@@ -34,11 +34,11 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["glide_finetune.checkpoints"])
 
 
-def save(run_dir, step, *, epoch=0, ema=True, size=8):
+def save(run_folder, step, *, epoch=0, ema=True, size=8):
     """A checkpoint in which every tensor is full of `step`."""
     full = torch.full((size,), float(step))
     return save_checkpoint(
-        run_dir,
+        run_folder,
         epoch=epoch,
         step=step,
         model_state={"weight": full},
@@ -57,8 +57,8 @@ def assert_whole(files, step):
     assert state["optimizer"]["state"][0]["exp_avg"].eq(step).all()
 
 
-def names(run_dir):
-    return sorted(path.name for path in run_dir.iterdir())
+def names(run_folder):
+    return sorted(path.name for path in run_folder.iterdir())
 
 
 def test_a_checkpoint_is_these_four_files(tmp_path):
@@ -355,7 +355,7 @@ def test_an_exception_in_an_atomic_write_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old"
 
 
-def _save_and_prune(run_dir, deadly_call):
+def _save_and_prune(run_folder, deadly_call):
     """Save step 2 and keep only that; SIGKILL before call number `deadly_call` that does it."""
     calls = 0
 
@@ -371,18 +371,18 @@ def _save_and_prune(run_dir, deadly_call):
 
     for owner, name in ((os, "fsync"), (os, "replace"), (Path, "unlink")):
         setattr(owner, name, deadly(getattr(owner, name)))
-    save(run_dir, 2)
-    prune(run_dir, 1)
+    save(run_folder, 2)
+    prune(run_folder, 1)
 
 
 def _save_and_die_everywhere(folder, exit_codes):
     for deadly_call in itertools.count(1):
-        run_dir = folder / str(deadly_call)
-        run_dir.mkdir()
-        save(run_dir, 1)
+        run_folder = folder / str(deadly_call)
+        run_folder.mkdir()
+        save(run_folder, 1)
         child = os.fork()
         if child == 0:
-            _save_and_prune(run_dir, deadly_call)
+            _save_and_prune(run_folder, deadly_call)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         exit_codes.send(code)
@@ -398,15 +398,15 @@ def test_a_save_killed_at_any_of_its_file_operations_leaves_a_whole_checkpoint(t
     for deadly_call in itertools.count(1):
         assert exit_codes.poll(60)
         code = exit_codes.recv()
-        run_dir = tmp_path / str(deadly_call)
-        files = newest_checkpoint(run_dir)
+        run_folder = tmp_path / str(deadly_call)
+        files = newest_checkpoint(run_folder)
         assert_whole(files, files.step)
         survivors.append(files.step)
-        remove_temporary(run_dir)
-        assert not list(run_dir.glob("*.tmp"))
-        save(run_dir, 3)
-        prune(run_dir, 1)
-        assert len(names(run_dir)) == 4  # nothing half written or half deleted stays behind
+        remove_temporary(run_folder)
+        assert not list(run_folder.glob("*.tmp"))
+        save(run_folder, 3)
+        prune(run_folder, 1)
+        assert len(names(run_folder)) == 4  # nothing half written or half deleted stays behind
         if code != -signal.SIGKILL:
             break
     process.join()
@@ -416,11 +416,11 @@ def test_a_save_killed_at_any_of_its_file_operations_leaves_a_whole_checkpoint(t
     assert survivors.count(2) > 4
 
 
-def _save_forever(run_dir, first_step, started):
+def _save_forever(run_folder, first_step, started):
     started.set()
     for step in itertools.count(first_step):
-        save(run_dir, step, size=500_000)
-        prune(run_dir, 2)
+        save(run_folder, step, size=500_000)
+        prune(run_folder, 2)
 
 
 def test_a_process_killed_at_random_moments_leaves_a_whole_checkpoint(tmp_path):
@@ -444,11 +444,11 @@ def test_a_process_killed_at_random_moments_leaves_a_whole_checkpoint(tmp_path):
     assert step > 0
 
 
-def _save_with_little_room(run_dir, errors):
+def _save_with_little_room(run_folder, errors):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     try:
-        save(run_dir, 2, size=1_000_000)
+        save(run_folder, 2, size=1_000_000)
     except OSError as error:
         errors.put(str(error))
 

@@ -328,6 +328,7 @@ def test_wandb_setup_takes_the_old_arguments_and_begins_wandbs_own_run(tmp_path,
     run_epoch(tmp_path, loader(1), log_frequency=0, wandb_run=run)
     wandb.log({"loss": 1.0})
     run.finish()
+    wandb.teardown()  # it keeps the mode of its first run
     assert [path.name for path in tmp_path.glob("runs/wandb/offline-run-*")] != [] or (
         mode == "disabled"
     )

@@ -24,8 +24,8 @@ def _wandb_is_disabled(monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
 
 
-def write_steps(run_dir, steps, resume_step=None):
-    log = MetricsLog(run_dir, resume_step=resume_step)
+def write_steps(run_folder, steps, resume_step=None):
+    log = MetricsLog(run_folder, resume_step=resume_step)
     for step in steps:
         log.log({"loss": 1 / step}, step)
     log.close()
@@ -167,8 +167,10 @@ def fake_wandb(monkeypatch):
     return fake
 
 
-def wandb_log(run_dir, **arguments):
-    return MetricsLog(run_dir, project="birds", config={"seed": 3, "dir": run_dir}, **arguments)
+def wandb_log(run_folder, **arguments):
+    return MetricsLog(
+        run_folder, project="birds", config={"seed": 3, "dir": run_folder}, **arguments
+    )
 
 
 def test_wandb_gets_metrics_images_and_config(tmp_path, fake_wandb):

@@ -108,13 +108,13 @@ def test_auto_goes_on_in_the_newest_run(tmp_path):
     create_run(tmp_path)
     newest = create_run(tmp_path)
     write_args(newest, {})
-    assert interpret_resume("auto", tmp_path) == Start(run_dir=newest)
+    assert interpret_resume("auto", tmp_path) == Start(run_folder=newest)
 
 
 def test_a_run_folder_is_gone_on_in_wherever_it_lies(tmp_path):
     run = create_run(tmp_path / "elsewhere")
     write_args(run, {"seed": 1})
-    assert interpret_resume(str(run), tmp_path / "checkpoints") == Start(run_dir=run)
+    assert interpret_resume(str(run), tmp_path / "checkpoints") == Start(run_folder=run)
 
 
 def test_a_file_starts_a_new_run(tmp_path):

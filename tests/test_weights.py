@@ -13,7 +13,7 @@ from glide_finetune.weights import (
     WeightsError,
     build_and_load,
     check_bytes,
-    kind_of_model,
+    kind_of_weights,
     read_weights,
     write_weights,
 )
@@ -252,11 +252,11 @@ def test_numbers_that_are_no_weights_are_refused(tmp_path, dtype):
 
 @pytest.mark.parametrize("kind", ["base", "upsample", "base-inpaint", "upsample-inpaint"])
 def test_the_kind_of_a_model_shows_in_its_weights(kind):
-    assert kind_of_model(make_glide(kind).state_dict()) == kind
+    assert kind_of_weights(make_glide(kind).state_dict()) == kind
 
 
 def test_other_weights_have_no_kind():
-    assert kind_of_model(make_model().state_dict()) is None
+    assert kind_of_weights(make_model().state_dict()) is None
 
 
 @pytest.mark.parametrize(("given", "wanted"), [("base", "upsample"), ("upsample-inpaint", "base")])
