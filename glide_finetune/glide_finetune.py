@@ -128,8 +128,9 @@ def run_glide_finetune_epoch(
         log_frequency: steps between grids, 0 for none.
         wandb_run: takes the metrics and grids, if given: of `wandb_setup` or `wandb.init`.
         gradient_accumualation_steps: batches of an optimizer step; the right spelling works too.
-        epoch: counted from 0, for logs and `set_epoch`; the checkpoint's name counts those that
-            are complete, this one included.
+        epoch: counted from 0, for logs and `set_epoch`, which gets the number of steps so far
+            where every call leaves it at 0; the checkpoint's name counts those that are complete,
+            this one included.
         train_upsample: the batches are (tokens, mask, low_res, images).
         upsample_factor: how many times larger than side_x and side_y the upsampler's images are.
         image_to_upsample: file for the upsampler's grids; without it there are none. A base model
@@ -205,7 +206,7 @@ def run_glide_finetune_epoch(
         trainer.progress = Progress(epoch=epoch, step=step, first_step=step)
         try:
             with trainer.display(dataloader) as display:
-                trainer.run_epoch(dataloader, display)
+                trainer.run_epoch(dataloader, display, data_epoch=epoch or step)
         except KeyboardInterrupt:
             trainer.save_what_is_made()
             raise

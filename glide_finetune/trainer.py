@@ -178,7 +178,9 @@ class Trainer:
         """What shows the steps of this run."""
         return StepDisplay(self.progress.step, self.count_steps(loader))
 
-    def run_epoch(self, loader: Iterable, display: StepDisplay) -> None:
+    def run_epoch(
+        self, loader: Iterable, display: StepDisplay, *, data_epoch: int | None = None
+    ) -> None:
         """Go through what is left of the current epoch, or until the run is to end.
 
         Args:
@@ -187,16 +189,19 @@ class Trainer:
                 start_batch)` it starts where a resumed run left off. Where it has none,
                 `set_epoch(epoch)` of its datasets is called, those inside of others included.
             display: shows the steps.
+            data_epoch: what `set_epoch` is called with; None is the run's own count.
 
         Raises:
             ValueError: there is no batch in the epoch.
             TrainingDiverged: too many steps in a row had to be skipped.
             OutOfMemory: a step does not fit.
         """
+        if data_epoch is None:
+            data_epoch = self.progress.epoch
         if hasattr(loader, "set_epoch"):
-            loader.set_epoch(self.progress.epoch, start_batch=self.progress.batch)
+            loader.set_epoch(data_epoch, start_batch=self.progress.batch)
         else:
-            set_epoch_of_datasets(loader, self.progress.epoch)
+            set_epoch_of_datasets(loader, data_epoch)
         self._total_steps = self.count_steps(loader)
         self.model.train()
         timer = StepTimer(loader)

@@ -210,6 +210,19 @@ class TestMetadata:
         for line, reason in {2: "no text or caption", 3: "not UTF-8", 4: "field larger"}.items():
             assert any(f"line {line}: " in m and reason in m for m in caplog.messages)
 
+    @pytest.mark.parametrize("letters", [5, 5000])  # so that a row is too long, or a field
+    def test_a_quotation_mark_that_is_not_closed_costs_one_row(self, tmp_path, caplog, letters):
+        touch(tmp_path, *(f"{i:03}.png" for i in range(100)))
+        rows = [f"{i:03}.png,{'x' * letters} {i}" for i in range(100)]
+        rows[7] = '007.png,"an unclosed quotation'
+        write(tmp_path, metadata__csv="\n".join(["file_name,text", *rows]))
+        found = captions(tmp_path)
+        assert "007.png" not in found
+        assert len(found) == 99
+        assert found["099.png"] == [f"{'x' * letters} 99"]
+        (message,) = (text for text in caplog.messages if "metadata.csv line " in text)
+        assert "line 9: " in message
+
     @pytest.mark.parametrize(
         ("spoil", "reason"),
         [

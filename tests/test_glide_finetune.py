@@ -387,6 +387,20 @@ def test_gradients_that_the_optimizer_knows_nothing_of_make_no_difference(tmp_pa
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
+def test_calls_that_count_no_epochs_get_other_data_each_time(tmp_path):
+    epochs = []
+
+    class Data(list):
+        def set_epoch(self, epoch):
+            epochs.append(epoch)
+
+    dataloader = DataLoader(Data(loader(4).dataset), batch_size=2)
+    for _ in range(3):
+        run_epoch(tmp_path, dataloader, log_frequency=0)
+    run_epoch(tmp_path, dataloader, log_frequency=0, epoch=1)
+    assert epochs == [0, 4, 8, 1]
+
+
 def test_float16_weights_are_refused(tmp_path):
     model, diffusion, options = tiny_model()
     model.convert_to_fp16()

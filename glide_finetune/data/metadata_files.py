@@ -18,6 +18,7 @@ from glide_finetune.data.regular_files import open_regular
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 CAPTION_FIELDS = ("text", "caption")  # the first that is not blank counts
 
+MOST_LINES = 50  # of a row; captions have line breaks, but not as many
 MAX_LINE_BYTES = 2**20  # of a longer one only the start is looked at
 
 
@@ -86,19 +87,29 @@ class MetadataFile:
         while True:
             line, offset = lines.number, lines.offset
             try:
-                fields = self._csv_fields(reader) if self._columns else _json_fields(lines)
+                fields = self._csv_fields(reader, lines) if self._columns else _json_fields(lines)
                 if fields is not None:
                     yield PlacedRow(line, offset, self._row(fields))
             except StopIteration:
                 return
             except BadSample as error:
                 yield PlacedRow(line, offset, error)
+                if isinstance(error, _BrokenRow):  # whose other lines may well be rows
+                    lines.go_to(line, offset)
+                    next(lines, None)
+                    reader = _csv_reader(lines)
 
-    def _csv_fields(self, reader: Iterator[list[str]]) -> Mapping | None:
+    def _csv_fields(self, reader: Iterator[list[str]], lines: "_Lines") -> Mapping | None:
+        first = lines.number
         try:
             cells = next(reader)
         except csv.Error as error:
-            raise BadSample(f"no row of a CSV file: {error}", "metadata") from error
+            raise _BrokenRow(f"no row of a CSV file: {error}", "metadata") from error
+        if lines.number - first > MOST_LINES:
+            raise _BrokenRow(
+                f"a row of more than {MOST_LINES} lines: is a quotation mark not closed?",
+                "metadata",
+            )
         return dict(zip(self._columns, cells, strict=False)) if cells else None
 
     def _row(self, fields: Mapping) -> Row:
@@ -131,11 +142,20 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+class _BrokenRow(BadSample):
+    """Lines of a CSV file that are no row."""
+
+
 class _Lines:
     """The lines of a file; `number` and `offset` are those of the next one."""
 
     def __init__(self, file: BinaryIO, number: int, offset: int) -> None:
         self._file, self.number, self.offset = file, number, offset
+
+    def go_to(self, number: int, offset: int) -> None:
+        """Have the line at this place come next."""
+        self._file.seek(offset)
+        self.number, self.offset = number, offset
 
     def __iter__(self) -> "_Lines":
         return self
