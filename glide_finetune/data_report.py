@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from glide_finetune.atomic_files import atomic_file
 from glide_finetune.config import TrainConfig
-from glide_finetune.data.bad_samples import KINDS, TRIAL_SAMPLES
+from glide_finetune.data.bad_samples import KINDS, TRIAL_SAMPLES, in_one_line
 from glide_finetune.data.captions import Tokenizer, default_tokenizer
 from glide_finetune.data.folder_dataset import TextImageDataset
 from glide_finetune.data.folder_index import FolderIndex
@@ -104,6 +104,8 @@ def describe(found: Survey, config: TrainConfig) -> list[Line]:
             for reason, some in sorted(of_kind.items(), key=lambda pair: -pair[1].count)
         ]
     lines += [Line(f"filtered: {reason}", n) for reason, n in found.filtered.most_common()]
+    if found.without_metadata:
+        lines.append(Line("without metadata to filter by", found.without_metadata))
     if found.smallest:
         line = _line_of(f"smaller than {size}", found.small)
         width, height = found.smallest
@@ -132,7 +134,7 @@ def describe_index(index: FolderIndex) -> list[Line]:
             lines.append(Line(name, count, _listed(named, count)))
     clashes, groups = index.same_stem(MOST_NAMES)
     if clashes:
-        named = [" and ".join(group) for group in groups]
+        named = [in_one_line(" and ".join(group)) for group in groups]
         lines.append(Line("captions shared by images", clashes, _listed(named, clashes)))
     return lines
 

@@ -172,6 +172,19 @@ def test_shards_are_looked_at_too(capsys, num_workers):
     assert not Path("trap").exists()
 
 
+def test_samples_without_metadata_and_odd_names_are_told_in_their_lines(capsys):
+    write_folder(4)
+    write_sample("data/two\nlines.png", 22, caption="word " * 17)
+    told = dry_run(capsys, *SMALL, "--data_dir", "data")
+    assert told["captions cut at 16 tokens"] == "1  two\\nlines.png"
+    samples = {f"{i}": bad_data.good_sample(i) for i in range(3)}
+    samples["0"].pop("json", None)
+    bad_data.write_tar(Path("shards/0.tar"), samples)
+    told = dry_run(capsys, *SMALL, "--data_dir", "shards", "-wds")
+    without = sum("json" not in members for members in samples.values())
+    assert told["without metadata to filter by"] == str(without)
+
+
 def test_data_that_training_would_give_up_is_told_and_ends_with_one_line(capsys):
     write_folder(10)
     for i in range(6):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from glide_finetune.data.bad_samples import BadSample, Tally
+from glide_finetune.data.bad_samples import BadSample, Tally, in_one_line
 from glide_finetune.data.captions import default_tokenizer
 from glide_finetune.data.folder_dataset import TextImageDataset
 from glide_finetune.data.image_files import ImageSource, upright_size
@@ -49,6 +49,7 @@ class Survey:
     skipped: samples and shards that cannot be read, by the kind of fault and its reason; reasons
         that differ in numbers alone are one.
     filtered: how many are not wanted, by reason.
+    without_metadata: how many the filters could not look at.
     caption_lengths: how many captions of the usable samples have so many tokens.
     cut: samples with a caption longer than the model takes.
     small: usable samples that have to be enlarged; smallest: (width, height) of the smallest.
@@ -61,6 +62,7 @@ class Survey:
     usable: int = 0
     skipped: dict[tuple[str, str], Examples] = field(default_factory=dict)
     filtered: Counter[str] = field(default_factory=Counter)
+    without_metadata: int = 0
     caption_lengths: Counter[int] = field(default_factory=Counter)
     cut: Examples = field(default_factory=Examples)
     small: Examples = field(default_factory=Examples)
@@ -177,9 +179,10 @@ class _Collector:
         self.reasons: dict[str, str] = {}  # the first one by its text without numbers
 
     def add(self, name: str, facts: _Facts | None, tally: Tally) -> None:
-        result = self.result
+        result, name = self.result, in_one_line(name)
         result.samples += tally.samples + tally.filtered.total()
         result.filtered += tally.filtered
+        result.without_metadata += tally.without_metadata
         for skipped in tally.skipped:
             reason = self.reasons.setdefault(re.sub(r"\d+", "", skipped.reason), skipped.reason)
             result.skipped.setdefault((skipped.kind, reason), Examples()).add(skipped.name)
