@@ -19,7 +19,7 @@ from glide_finetune import clip_weights, data_report
 from glide_finetune.arguments import parse_config as parse_glide_config
 from glide_finetune.clip_options import RELEASED_OPTIONS
 from glide_finetune.clip_weights import read_clip, used_clip
-from glide_finetune.config import ConfigError
+from glide_finetune.config import ConfigError, TrainConfig
 from glide_finetune.contrastive import contrastive_losses
 from glide_finetune.data.caption_split import split_by_caption
 from glide_finetune.fp16_util import Precision
@@ -536,3 +536,19 @@ def test_the_two_programs_do_not_take_each_others_runs(clip_run, capsys):
     write_run(Path("base"))
     with pytest.raises(ValueError, match="is no checkpoint of a CLIP"):
         read_clip(used_clip(["base"]))
+
+
+def test_every_flag_of_training_is_one_of_clip_only_if_somebody_said_so():
+    """A field of `TrainConfig` becomes a flag here, unless it is named as no setting of a CLIP."""
+    from_training = FIELDS.keys() & {field.name for field in dataclasses.fields(TrainConfig)}
+    assert from_training == {
+        "adam_weight_decay", "batch_size", "checkpoints_dir", "config", "cudnn_benchmark",
+        "data_dir", "device", "dry_run", "ema_rate", "epochs", "eval_interval",
+        "gradient_accumulation_steps", "init", "keep_checkpoints", "learning_rate",
+        "loss_spike_factor", "lr_schedule", "max_grad_norm", "max_steps", "model_options",
+        "model_preset", "num_workers", "precision", "project_name", "random_hflip", "resize_ratio",
+        "resume_ckpt", "save_checkpoint_interval", "seed", "use_webdataset", "val_data_dir",
+        "val_fraction", "warmup_steps", "wds_allow_nsfw", "wds_caption_key", "wds_dataset_name",
+        "wds_epoch_samples", "wds_image_key", "wds_max_aspect", "wds_min_aspect",
+        "wds_min_similarity", "wds_min_size", "wds_skip_words", "weights_only",
+    }  # fmt: skip
