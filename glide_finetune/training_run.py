@@ -90,11 +90,12 @@ def run(config: TrainConfig, make_job: MakeJob | None = None) -> Outcome:
         demo.prepare(config)
     with contextlib.ExitStack() as stack:
         start = interpret_resume(config.resume_ckpt, config.checkpoints_dir)
-        if (
-            start.run_folder
-        ):  # before its checkpoints are looked for, which change while it is trained
+        # before its checkpoints are looked for, which change while it is trained
+        if start.run_folder:
             stack.enter_context(locked(start.run_folder, INSTEAD))
-        return _run(config, find_origin(config, start), make_job or glide_job, stack)
+        with lack_for_the_model_explained(config):
+            origin = find_origin(config, start)
+        return _run(config, origin, make_job or glide_job, stack)
 
 
 def _run(

@@ -9,7 +9,7 @@ import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,9 @@ def read_tensor_file(path: Path, *, mmap: bool) -> Any:
     """
     is_zip = _is_zip(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+        return _load(path, mmap=mmap and is_zip)
+    except MemoryError:
+        raise
     except pickle.UnpicklingError as error:
         if culprit := re.search(r"GLOBAL (\S+)", str(error)):
             raise WeightsError(
@@ -108,6 +110,26 @@ def read_tensor_file(path: Path, *, mmap: bool) -> Any:
         raise WeightsError(f"{path} is not a PyTorch weights file: check what it is") from None
     except Exception:  # the unpickler fails in any way on bytes that mean nothing
         raise WeightsError(f"{path} is damaged or not a PyTorch weights file: {_AGAIN}") from None
+
+
+def _load(path: Path, *, mmap: bool) -> Any:
+    """torch.load for files of any name, which raises MemoryError where there is not enough."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # of such a name torch opens no file
+        source: Path | BinaryIO = open(path, "rb")  # noqa: SIM115 (closed below)
+        mmap = False
+    else:
+        source = path
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+    except RuntimeError as error:
+        if "allocate memory" in str(error) or "DefaultCPUAllocator" in str(error):
+            raise MemoryError(str(error).splitlines()[0]) from error
+        raise
+    finally:
+        if source is not path:
+            source.close()
 
 
 def _is_zip(path: Path) -> bool:
@@ -156,7 +178,7 @@ def check_bytes(path: Path, *, own: bool = False) -> None:
                         while file.read(_CHUNK):  # raises BadZipFile at the end
                             pass
         if own:  # torch looks at more of the directory
-            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            _load(path, mmap=True)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # both come up with many kinds on a directory of any bytes

@@ -3,6 +3,9 @@
 import os
 import pickle
 import re
+from functools import partial
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -330,3 +333,20 @@ def test_buffers_that_no_file_fills_are_a_mistake_of_ours():
 
     with pytest.raises(AssertionError, match="table"):
         build_and_load(create, make_model().state_dict())
+
+
+def test_files_of_names_that_are_no_utf8_are_read(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xf6ut"))
+    folder.mkdir()
+    write_weights(folder / "a.pt", {"x": torch.ones(3)})
+    check_bytes(folder / "a.pt", own=True)
+    assert torch.equal(read_weights(folder / "a.pt")["x"], torch.ones(3))
+
+
+@pytest.mark.parametrize("read", [read_weights, partial(check_bytes, own=True)])
+def test_a_lack_of_memory_is_not_taken_for_damage(tmp_path, monkeypatch, read):
+    write_weights(tmp_path / "a.pt", {"x": torch.ones(3)})
+    reason = "unable to mmap 101194021 bytes from file <a.pt>: Cannot allocate memory (12)"
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=RuntimeError(reason)))
+    with pytest.raises(MemoryError, match="unable to mmap"):
+        read(tmp_path / "a.pt")
