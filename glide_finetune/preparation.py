@@ -77,7 +77,7 @@ def prepare(
         source = FolderSource(config.data_dir, config.use_captions)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, "give another --output_dir"):
-        _begin_or_go_on(out, _record(config, shard_size) | {"source": source.identity})
+        _begin_or_go_on(out, _record(config, shard_size) | source.identity)
         shards = _Shards(out, shard_size)
         if not shards.complete:
             _fill(shards, source, config, num_workers)
@@ -183,12 +183,31 @@ class _Shards:
         self.left_out: Counter[str] = Counter()
         self._members: list[dict[str, bytes]] = []
         self._tally = Tally()
-        while (path := self._stats_path()).exists():
-            self._count(read_json(path))
+        while (stats := self._stats_of_whole()) is not None:
+            self._count(stats)
             self.number += 1
 
     def _stats_path(self) -> Path:
         return self.out / f"{self.number:05}_stats.json"
+
+    def _stats_of_whole(self) -> dict[str, Any] | None:
+        """Those of the shard with the next number, if it lies there as it was written."""
+        path = self._stats_path()
+        if not path.exists():
+            return None
+        stats = read_json(path)
+        if missing := {"samples", "written", "after", "complete", "left_out"} - stats.keys():
+            raise ValueError(f"{path} lacks {min(missing)}: delete it, and its shard is made again")
+        size = stats.get("bytes")  # an earlier version did not keep it
+        shard = self._shard_path()
+        is_whole = shard.exists() and size in (None, shard.stat().st_size)
+        if stats["written"] and not is_whole:
+            logger.warning("%s is not as it was written: it is made again", shard)
+            return None
+        return stats
+
+    def _shard_path(self) -> Path:
+        return self.out / f"{self.number:05}.tar"
 
     def _count(self, stats: dict[str, Any]) -> None:
         self.samples += stats["samples"]
@@ -220,8 +239,8 @@ class _Shards:
         self._tally.filtered += tally.filtered
 
     def _write(self, complete: bool = False) -> None:
+        path = self._shard_path()
         if self._members:
-            path = self.out / f"{self.number:05}.tar"
             with (
                 atomic_file(path) as file,
                 TarWriter(file, encoder=False, user="", group="", mode=0o644, mtime=0) as tar,
@@ -232,6 +251,7 @@ class _Shards:
         stats = {
             "samples": self._tally.samples,
             "written": len(self._members),
+            "bytes": path.stat().st_size if self._members else 0,
             "left_out": kinds + self._tally.filtered,
             "skipped": [skipped._asdict() for skipped in self._tally.skipped],
             "after": self.after,
@@ -271,8 +291,14 @@ def _begin_or_go_on(out: Path, record: dict[str, Any]) -> None:
     earlier = read_json(path) if path.exists() else record
     has_shards = any(out.glob("*.tar"))
     for name, value in record.items():
-        if earlier.get(name) == value or (name == "source" and not has_shards):
+        # An earlier version did not keep all of them.
+        if earlier.get(name, value) == value or (name in ("source", "sizes") and not has_shards):
             continue
+        if name == "sizes":
+            raise ValueError(
+                f"captions or pictures of {record['data_dir']} have other sizes than when {out} "
+                "was begun; give a new --output_dir"
+            )
         if name == "source":
             raise ValueError(
                 f"{record['data_dir']} has other files than when {out} was begun; give a new "

@@ -39,7 +39,10 @@ class FolderSource:
     def __init__(self, folder: str, use_captions: bool) -> None:
         self.index = index_folder(folder, use_captions)
         self.samples: int | None = len(self.index.images)
-        self.identity = fingerprint.of_files(self.index.folder, self.index.files())
+        self.identity = {
+            "source": fingerprint.of_folder(self.index.images),
+            "sizes": fingerprint.of_files(self.index.folder, self.index.files()),
+        }
         # What has not even a number among the samples.
         counts = self.index.left_out.counts
         self.left_out = Counter({KINDS[kind]: count for kind, count in counts.items()})
@@ -84,7 +87,7 @@ class ShardSource:
         ).for_evaluation()
         if config.wds_dataset_name == "alamy":
             self.stream.reason_to_reject = None  # all languages: training chooses among them
-        self.identity = fingerprint.of_shards(self.stream.shards)
+        self.identity = {"source": fingerprint.of_shards(self.stream.shards)}
 
     def tasks(self, start: Sequence[int], pending: Tally) -> Iterator[Task]:
         """As those of `FolderSource`."""

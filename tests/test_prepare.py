@@ -387,12 +387,37 @@ def test_other_settings_are_refused_in_the_same_folder(tmp_path, capsys):
     assert content(out) == before
 
 
+@pytest.mark.parametrize(
+    "spoil", [lambda shard: shard.unlink(), lambda shard: os.truncate(shard, 1000)]
+)
+def test_a_shard_that_was_lost_or_cut_is_made_again(tmp_path, caplog, spoil):
+    source, out = write_folder(tmp_path / "in", 7), tmp_path / "out"
+    prepare(source, out, "--shard_size", "2")
+    before = content(out)
+    spoil(out / "00001.tar")
+    prepare(source, out, "--shard_size", "2")
+    assert "00001.tar is not as it was written: it is made again" in caplog.text
+    assert content(out) == before
+
+
+def test_a_record_of_a_shard_that_holds_nothing_is_told(tmp_path, capsys):
+    source, out = write_folder(tmp_path / "in"), tmp_path / "out"
+    prepare(source, out)
+    (out / "00000_stats.json").write_text("{}")
+    prepare(source, out, status=1)
+    assert "00000_stats.json lacks after: delete it" in error_line(capsys)
+
+
 def test_a_caption_that_was_changed_is_told(tmp_path, capsys):
     source, out = write_folder(tmp_path / "in"), tmp_path / "out"
     prepare(source, out)
+    record = out / "prepare.json"
     next(source.glob("*.txt")).write_text("something else altogether")
     prepare(source, out, status=1)
-    assert "has other files than when" in error_line(capsys)
+    assert "have other sizes than when" in error_line(capsys)
+    earlier = json.loads(record.read_text())  # of a version that did not keep them
+    record.write_text(json.dumps({k: v for k, v in earlier.items() if k != "sizes"}))
+    prepare(source, out)
 
 
 def test_a_picture_that_is_too_long_for_a_jpeg_is_left_out(tmp_path, caplog):
