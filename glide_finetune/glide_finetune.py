@@ -207,7 +207,9 @@ def run_glide_finetune_epoch(
         try:
             with trainer.display(dataloader) as display:
                 trainer.run_epoch(dataloader, display, data_epoch=epoch or step)
+            trainer.finish()
         except KeyboardInterrupt:
             trainer.save_what_is_made()
             raise
-        trainer.finish()
+        finally:
+            trainer.wait_for_checkpoint()

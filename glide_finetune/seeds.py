@@ -2,7 +2,8 @@
 
 Every draw of the data side (order, crop, caption, dropout, flip) comes from a generator whose seed
 is a hash of names and numbers such as (seed, epoch, sample key). So the sample at a given place of
-a given epoch is the same for any number of workers, and after resuming.
+a given epoch is the same for any number of workers, and after resuming. In loops of others, which
+set no epoch, torch's random state stands for it.
 """
 
 import hashlib

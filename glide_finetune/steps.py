@@ -19,7 +19,7 @@ class Progress:
     began with the training state of another one: `first_step`. images: trained on.
     skipped_steps: whose loss or gradient was not finite, or whose loss was a spike;
     skipped_in_a_row: how many of them came one after the other, up to the last step.
-    left_out: how many samples the data left out, and captions were cut, as in `Tally.metrics`.
+    left_out: how many samples the data left out, and the rest of `Tally.metrics`.
     """
 
     epoch: int = 0

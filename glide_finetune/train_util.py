@@ -1,5 +1,6 @@
 """Names that notebooks import: saving weights, tensors and pictures, wandb."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,15 @@ def wandb_setup(
 ) -> Any:
     """Begin a wandb run with these settings as its config; its local files go to `base_dir`.
 
-    It is wandb's own, so that `wandb.log` goes to it as well. Without a login, or a way to the
-    server, it records offline; if wandb fails, a warning says so, and the run keeps nothing.
+    It is wandb's own, so that `wandb.log` goes to it as well. One that is open is finished first.
+    Without a login, or a way to the server, it records offline; if wandb fails, a warning says so,
+    and the run keeps nothing.
     """
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # as `WandbRun` has it
     import wandb  # here, as it takes a while
 
+    if wandb.run is not None:  # of an earlier call, which would be returned again
+        wandb.run.finish()
     Path(base_dir).mkdir(parents=True, exist_ok=True)  # else wandb writes to a temporary folder
     arguments = {
         "dir": str(base_dir),

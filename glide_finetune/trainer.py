@@ -158,7 +158,7 @@ class Trainer:
             try:
                 self._train(loader, display)
             finally:
-                self._wait_for_checkpoint()
+                self.wait_for_checkpoint()
         self.finish()
 
     def _train(self, loader: Iterable, display: StepDisplay) -> None:
@@ -249,6 +249,10 @@ class Trainer:
     def save_what_is_made(self) -> None:
         """Save before an error ends training, unless that hit the update of the weights, which may
         then be of two steps, or nothing was trained."""
+        if self._updating:
+            logger.error(
+                "the weights were being updated, so they are not saved; checkpoints are unharmed"
+            )
         if self._updating or self.progress.step == self.progress.first_step:
             return
         try:
@@ -270,6 +274,7 @@ class Trainer:
         Returns:
             The metrics of the step: losses are means over its samples.
         """
+        self._forget_gradients()  # of a step that was interrupted
         learning_rate = self._set_learning_rate()
         images = image_count(batches)
         meter = LossMeter(self.diffusion.num_timesteps)
@@ -292,8 +297,7 @@ class Trainer:
                 self.ema.update()
             self._updating = False
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.zero_grad(set_to_none=True)  # of parameters that the optimizer does not know
+        self._forget_gradients()
         self.progress.step += 1
         self.progress.batch += len(batches)
         self.progress.images += images
@@ -304,6 +308,11 @@ class Trainer:
         self.progress.left_out = dict(left_out)
         metrics |= {f"data/{name}": count for name, count in left_out.items()}
         return metrics | {"skipped_steps": self.progress.skipped_steps}
+
+    def _forget_gradients(self) -> None:
+        """Of the whole model, since some of its parameters may be unknown to the optimizer."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
 
     def _glide_losses(self, *args: Any) -> tuple[Losses, Tensor]:
         return batch_losses(
@@ -440,10 +449,10 @@ class Trainer:
             OSError: it cannot be.
         """
         self.save()
-        if error := self._wait_for_checkpoint():
+        if error := self.wait_for_checkpoint():
             raise error
 
-    def _wait_for_checkpoint(self) -> Exception | None:
+    def wait_for_checkpoint(self) -> Exception | None:
         """Until none is being written; why the last one could not be written, if so."""
         return self._writer.wait() if self._writer else None
 

@@ -210,11 +210,16 @@ class TestMetadata:
         for line, reason in {2: "no text or caption", 3: "not UTF-8", 4: "field larger"}.items():
             assert any(f"line {line}: " in m and reason in m for m in caplog.messages)
 
-    @pytest.mark.parametrize("letters", [5, 5000])  # so that a row is too long, or a field
-    def test_a_quotation_mark_that_is_not_closed_costs_one_row(self, tmp_path, caplog, letters):
+    @pytest.mark.parametrize("letters", [5, 5000])  # so that a field is longer than it may be, too
+    @pytest.mark.parametrize("quoted", [False, True])
+    def test_a_quotation_mark_that_is_not_closed_costs_one_row(
+        self, tmp_path, caplog, letters, quoted
+    ):
         touch(tmp_path, *(f"{i:03}.png" for i in range(100)))
         rows = [f"{i:03}.png,{'x' * letters} {i}" for i in range(100)]
         rows[7] = '007.png,"an unclosed quotation'
+        if quoted:
+            rows[20] = '020.png,"quoted, with a comma"'
         write(tmp_path, metadata__csv="\n".join(["file_name,text", *rows]))
         found = captions(tmp_path)
         assert "007.png" not in found
@@ -222,6 +227,13 @@ class TestMetadata:
         assert found["099.png"] == [f"{'x' * letters} 99"]
         (message,) = (text for text in caplog.messages if "metadata.csv line " in text)
         assert "line 9: " in message
+
+    def test_a_long_caption_may_have_many_lines(self, tmp_path, caplog):
+        touch(tmp_path, "a.png", "b.png")
+        poem = "\n".join(f"line, {i}" for i in range(60))
+        write(tmp_path, metadata__csv=f'file_name,text\na.png,"{poem}"\nb.png,"one, two"\n')
+        assert captions(tmp_path) == {"a.png": [poem.replace("\n", " ")], "b.png": ["one, two"]}
+        assert caplog.messages == []
 
     @pytest.mark.parametrize(
         ("spoil", "reason"),

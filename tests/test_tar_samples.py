@@ -95,14 +95,14 @@ def test_a_shard_cut_anywhere_gives_its_whole_samples_and_a_reason(tmp_path):
 def test_what_a_mac_packs_beside_each_file_is_passed_over(tmp_path):
     members = [
         (f"{folder}{mark}{name}", b"x")
-        for folder in ("", "./", "photos/", "__MACOSX/photos/")
+        for folder in ("", "./", "photos/", "__MACOSX/photos/", ".data/")
         for name in ("000.jpg", "000.txt")
         for mark in ("._", "")
     ]
-    members += [("photos/.DS_Store", b"x"), (".hidden/000.jpg", b"x")]
+    members += [("photos/.DS_Store", b"x")]
     samples, fault = read(saved(tmp_path / "s.tar", tar_of(*members)))
     assert fault == ""
-    assert samples.keys() == {"000", "photos/000"}
+    assert samples.keys() == {"000", "photos/000", ".data/000"}
     assert all(members == {"jpg": b"x", "txt": b"x"} for members in samples.values())
 
 
@@ -116,7 +116,7 @@ def test_samples_whose_files_lie_apart_are_told(tmp_path, apart):
 
 
 def test_a_key_may_come_twice(tmp_path):
-    members = [*some_samples(1), ("001.jpg", b"x"), *some_samples(1)]
+    members = [*some_samples(1), ("001.jpg", b"x"), ("000.cls", b"x"), *some_samples(1)]
     samples, fault = read(saved(tmp_path / "s.tar", tar_of(*members)))
     assert (list(samples), fault) == (["000", "001"], "")
 

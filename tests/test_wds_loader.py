@@ -718,7 +718,7 @@ def test_samples_that_no_filter_can_look_at_are_told(tmp_path, caplog):
     left_out = sum((batch.left_out for batch in loader), Counter())
     assert left_out == {"without_metadata": 3}
     caplog.set_level("INFO")
-    assert "samples without metadata are taken as they are" in caplog.text
+    assert "samples without metadata are taken, since" in caplog.text
     list(make_dataloader(stream(shard), 2, seed=0, num_workers=0, device="cpu"))
     assert "samples without metadata to filter by: 3" in caplog.text
 

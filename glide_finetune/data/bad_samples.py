@@ -10,6 +10,7 @@ logger = logging.getLogger(__name__)
 
 # Data is given up if more than half of so many first samples cannot be read.
 TRIAL_SAMPLES = 1000
+NO_METADATA = "samples without metadata are taken, since limits on metadata do not see them"
 MOST_NAMED = 100  # of the samples that are left out, in the log
 
 
@@ -46,7 +47,7 @@ class Tally:
     skipped: those that could not be read, and damaged shards.
     filtered: how many were not wanted, by the reason in a few words.
     captions_cut: how many captions had more tokens than the model takes.
-    without_metadata: how many samples the filters could not look at.
+    without_metadata: how many samples are taken although they have none for the filters.
     """
 
     samples: int = 0
@@ -91,6 +92,7 @@ class DataAccount:
         self._gives_up = gives_up
         self._samples = self._unreadable = 0  # in the trial
         self._named: set[str] = set()
+        self._told: set[str] = set()  # what else is said only once
         self._example: Skipped | None = None
         self._left_out: Counter[str] = Counter()  # of this epoch
         self._captions_cut = self._without_metadata = 0
@@ -98,7 +100,7 @@ class DataAccount:
     def again(self, epoch_samples: int | None = None, *, gives_up: bool = True) -> "DataAccount":
         """One for another way through the same data, which names nothing a second time."""
         account = DataAccount(epoch_samples, gives_up=gives_up)
-        account._named = self._named
+        account._named, account._told = self._named, self._told
         return account
 
     def add(self, tally: Tally) -> None:
@@ -113,8 +115,9 @@ class DataAccount:
                 self._name(skipped)
         self._left_out += tally.filtered
         self._captions_cut += tally.captions_cut
-        if tally.without_metadata and not self._without_metadata:
-            logger.warning("samples without metadata are taken as they are: no filter sees them")
+        if tally.without_metadata and NO_METADATA not in self._told:
+            self._told.add(NO_METADATA)
+            logger.warning(NO_METADATA)
         self._without_metadata += tally.without_metadata
         if self._samples < self._trial:
             unreadable = [skipped for skipped in tally.skipped if skipped.kind != "shard"]

@@ -74,9 +74,9 @@ class _Draw(NamedTuple):
 class Batch(tuple):
     """A batch as the train steps take it.
 
-    left_out: how many samples were left out on the way to it and why, and how many captions were
-        cut, as in `Tally.metrics`; on the way to the first batch of an epoch also what was when the
-        folder was listed.
+    left_out: how many samples were left out on the way to it and why, how many captions were cut
+        and how many samples had no metadata, as in `Tally.metrics`; on the way to the first batch
+        of an epoch also what was left out when the folder was listed.
     """
 
     left_out: Counter[str]

@@ -18,7 +18,6 @@ from glide_finetune.data.regular_files import open_regular
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 CAPTION_FIELDS = ("text", "caption")  # the first that is not blank counts
 
-MOST_LINES = 50  # of a row; captions have line breaks, but not as many
 MAX_LINE_BYTES = 2**20  # of a longer one only the start is looked at
 
 
@@ -105,12 +104,18 @@ class MetadataFile:
             cells = next(reader)
         except csv.Error as error:
             raise _BrokenRow(f"no row of a CSV file: {error}", "metadata") from error
-        if lines.number - first > MOST_LINES:
-            raise _BrokenRow(
-                f"a row of more than {MOST_LINES} lines: is a quotation mark not closed?",
-                "metadata",
-            )
+        inner = (line for cell in cells for line in cell.splitlines()[1:])
+        if lines.number - first > 1 and any(map(self._is_row, inner)):
+            raise _BrokenRow("a quotation mark is not closed, so that it holds rows", "metadata")
         return dict(zip(self._columns, cells, strict=False)) if cells else None
+
+    def _is_row(self, line: str) -> bool:
+        """Whether a line, here of a caption, names a file that is there where rows name theirs."""
+        with contextlib.suppress(csv.Error, OSError, ValueError):
+            cells = next(csv.reader([line]), [])
+            name = dict(zip(self._columns, cells, strict=False)).get("file_name")
+            return bool(name) and (self.path.parent / name).is_file()
+        return False
 
     def _row(self, fields: Mapping) -> Row:
         name = fields.get("file_name")

@@ -244,7 +244,7 @@ class ShardStream(IterableDataset):
         if key in self._held_back:
             return None
         try:
-            captions, reason = self._filter(sample, tally)
+            captions, reason = self._filter(sample)
         except BadSample as error:
             tally.samples += 1
             tally.skip(key, error)
@@ -252,11 +252,13 @@ class ShardStream(IterableDataset):
         if reason:
             tally.filtered[reason] += 1
             return None
+        if self.reason_to_reject and self.metadata_key not in sample.members:
+            tally.without_metadata += 1
         image = sample.members.get(self.image_key)
         metadata = sample.members.get(self.metadata_key, b"")
         return RawSample(key, image, captions, metadata, repeat)
 
-    def _filter(self, sample: TarSample, tally: Tally) -> tuple[tuple[str, ...], str | None]:
+    def _filter(self, sample: TarSample) -> tuple[tuple[str, ...], str | None]:
         """The captions of a sample, and the reason if it is not wanted. Raises BadSample."""
         if sample.key.startswith("/") or ".." in sample.key.split("/"):
             raise BadSample("a name that leads out of the shard", "name")
@@ -265,8 +267,6 @@ class ShardStream(IterableDataset):
             others = ", ".join(suffixes[:MOST_SUFFIXES]) + ", …" * (len(suffixes) > MOST_SUFFIXES)
             hint = " (a name ends at its first dot)" if len(suffixes) > MOST_SUFFIXES else ""
             raise BadSample(f"there is no .{self.image_key} among its members {others}{hint}")
-        if self.reason_to_reject and self.metadata_key not in sample.members:
-            tally.without_metadata += 1
         metadata = self._metadata(sample)
         captions: tuple[str, ...] = ()
         if self.caption_in_metadata or self.caption_key:

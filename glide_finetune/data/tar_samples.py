@@ -52,9 +52,9 @@ def shard_samples(
 ) -> Iterator[TarSample]:
     """The samples of a shard, with the content of the members whose suffix is `wanted`.
 
-    What is no regular file or has no suffix is passed over. `cache_path` is a folder in which
-    shards at URLs are kept. What is hidden is passed over, too. Raises DamagedShard after the last
-    sample that is whole, and where a further part of an earlier sample comes up.
+    What is hidden, is no regular file or has no suffix is passed over. `cache_path` is a folder in
+    which shards at URLs are kept. Raises DamagedShard after the last sample that is whole, and
+    where a further part of an earlier sample comes up.
     """
     try:
         with _open(shard, cache_path) as stream:
@@ -65,7 +65,20 @@ def shard_samples(
 
 def _samples(stream: BinaryIO, wanted: Collection[str]) -> Iterator[TarSample]:
     sample = None
-    suffixes_of: dict[str, set[str]] = {}
+    places = {suffix: 1 << place for place, suffix in enumerate(wanted)}
+    found: dict[int, int] = {}  # by the hash of a key, which of those were there
+
+    def whole(sample: TarSample) -> TarSample:
+        here = sum(places.get(suffix, 0) for suffix in sample.members)
+        before = found.get(hash(sample.key), 0)
+        if here and before and not here & before:
+            raise tarfile.ReadError(
+                f"the files of sample {sample.key} do not lie next to each other: pack it anew by "
+                "name, as tar --sort=name does"
+            )
+        found[hash(sample.key)] = here | before
+        return sample
+
     with tarfile.open(
         fileobj=stream, mode="r|*", tarinfo=_Member, errors="backslashreplace"
     ) as tar:
@@ -77,25 +90,18 @@ def _samples(stream: BinaryIO, wanted: Collection[str]) -> Iterator[TarSample]:
             key, suffix = in_one_line(key.removeprefix("./")), suffix.lower()
             if sample is None or key != sample.key or suffix in sample.members:
                 if sample is not None:
-                    yield sample
-                if suffix in wanted and suffix not in suffixes_of.get(key, {suffix}):
-                    raise tarfile.ReadError(
-                        f"the files of sample {key} do not lie next to each other: pack it anew by "
-                        "name, as tar --sort=name does"
-                    )
+                    yield whole(sample)
                 sample = TarSample(key, {})
-                suffixes_of.setdefault(key, set())
-            suffixes_of[key].add(suffix)
             content = tar.extractfile(member).read() if suffix in wanted else None
             sample.members[suffix] = content
     if sample is not None:
-        yield sample
+        yield whole(sample)
 
 
 def _is_hidden(name: str) -> bool:
     """Whether it is what systems put beside the files they pack, as a Mac does for each of them."""
-    parts = name.split("/")
-    return "__MACOSX" in parts or any(p.startswith(".") and p not in (".", "..") for p in parts)
+    *folders, base = name.split("/")
+    return "__MACOSX" in folders or base.startswith(".")
 
 
 class _Member(tarfile.TarInfo):
