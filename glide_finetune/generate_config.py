@@ -148,7 +148,7 @@ _FROM_ONE = Range(1, 2**31, "a number from 1 to 2^31")
 _FROM_ZERO = Range(0, 1e9, "a number from 0 to 10^9")
 _SHARE = Range(0, 1, "a number from 0 to 1")
 RANGES = {
-    "num_images": _FROM_ONE,
+    "num_images": Range(1, 10**6, "a number from 1 to 1,000,000"),
     "batch_size": _FROM_ONE,
     "upscale_factor": _FROM_ZERO,
     "seed": Range(0, 2**63 - 1, "a number from 0 to 2^63 - 1"),

@@ -110,7 +110,7 @@ def sample(
     """
     paints_on_picture = torch.is_tensor(inpaint_image) or bool(inpaint_image)
     name = sampler or ("ddim" if upsample_enabled or paints_on_picture else "plms")
-    can = check_sampler(name, {"a cond_fn": cond_fn is not None, "a threshold": bool(threshold)})
+    chosen = check_sampler(name, {"a cond_fn": cond_fn is not None, "a threshold": bool(threshold)})
     _check_ranges(
         {"guidance_rescale": guidance_rescale, "threshold": threshold},
         {
@@ -166,7 +166,7 @@ def sample(
             else:
                 draw_noise = NoisePerImage(seeds[part])
                 start = draw_noise(torch.empty(shape, device=device)[part])
-                if can.stochastic:
+                if chosen.stochastic:
                     keywords["noise_like"] = draw_noise
             conditions = _text(
                 glide_model, glide_options, captions[part], device,
