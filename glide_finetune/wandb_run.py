@@ -63,7 +63,7 @@ class WandbRun:
         self._thread = threading.Thread(target=self._work, args=(wandb,), name="wandb", daemon=True)
         self._thread.start()
 
-    def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Send numbers; those of a step that wandb already has are left out."""
         metrics = dict(metrics)
         self._put(lambda run: run.log(metrics, step=step), step)
@@ -73,7 +73,7 @@ class WandbRun:
         name: str,
         images: Sequence[Image.Image | str | Path],
         captions: Sequence[str],
-        step: int | None = None,
+        step: int,
     ) -> None:
         """Send pictures, or the files they are in, with one caption each."""
         self._put(lambda run: run.log({name: wandb_images(images, captions)}, step=step), step)
@@ -94,7 +94,7 @@ class WandbRun:
         if thread.is_alive():
             logger.warning("wandb did not finish in time; its local files stay in the run folder")
 
-    def _put(self, call: Callable[[Any], None], step: int | None) -> None:
+    def _put(self, call: Callable[[Any], None], step: int) -> None:
         if self._thread is None:
             return
         if not self._thread.is_alive():  # it has warned
@@ -169,7 +169,7 @@ def wandb_images(images: Sequence[Image.Image | str | Path], captions: Sequence[
     ]
 
 
-def _log_forward(run: Any, call: Callable[[Any], None], step: int | None) -> None:
+def _log_forward(run: Any, call: Callable[[Any], None], step: int) -> None:
     """Leave out steps before the one wandb is at: a resumed run sends them a second time."""
-    if step is None or step >= run.step:
+    if step >= run.step:
         call(run)
