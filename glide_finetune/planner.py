@@ -38,7 +38,9 @@ from glide_finetune.origin import find_origin
 from glide_finetune.runs import interpret_resume
 from glide_finetune.trainer import Trainer
 from glide_finetune.training_run import glide_job, go_on
+from glide_text2im.defaults import NORM_GROUPS
 from glide_text2im.model_creation import create_model_and_diffusion
+from glide_text2im.norm import GroupNorm
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +126,16 @@ def forecast(config: TrainConfig, device: torch.device) -> Memory:
     random numbers. On a CPU the process is taken as it is now."""
     with FakeTensorMode(), torch.device(device):
         memory, peak = _step_on_paper(config, device)
-    program = bytes_in_use(device) if device.type != "cuda" else 0
-    return replace(memory, activations=peak - memory.gradients, program=program)
+    return replace(memory, activations=peak - memory.gradients, program=_process_bytes(device))
+
+
+def _process_bytes(device: torch.device) -> int:
+    """What this process takes of main memory, with the code that its first step would load; 0 if
+    training takes other memory, or nothing tells."""
+    if device.type == "cuda":
+        return 0
+    GroupNorm(NORM_GROUPS)(torch.zeros(1, NORM_GROUPS, 1, 1))
+    return bytes_in_use(device)
 
 
 def _step_on_paper(config: TrainConfig, device: torch.device) -> tuple[Memory, int]:
@@ -244,7 +254,7 @@ def measure(config: TrainConfig, device: torch.device) -> Measurement:
     state = _state(trainer.model, trainer.optimizer, trainer.ema)
     there = state.weights + state.moments + state.average
     # nothing tells what the process takes outside of Linux
-    program = max(0, bytes_in_use(device) - there) if device.type != "cuda" else 0
+    program = max(0, _process_bytes(device) - there)
     state_bytes = training_state_bytes(trainer.model.parameters(), trainer.ema is not None)
     with out_of_memory_explained(config, made + 1, state_bytes, device):
         _make_moments(trainer.model, trainer.optimizer)

@@ -3,6 +3,7 @@
 from typing import Any
 
 NORM_GROUPS = 32  # of every group normalisation in the UNet; they divide all its channels
+NORM_EPS = 1e-5  # added to the variance of each group
 
 # Channels of every level of the UNet, as multiples of num_channels, for channel_mult "".
 CHANNEL_MULTIPLIERS = {

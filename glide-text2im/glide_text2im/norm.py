@@ -4,38 +4,128 @@ Torch's own kernel takes about as long on a CPU as a convolution where images li
 memory, and on CUDA it copies them out of that layout and back; separate affine, scale-shift and
 SiLU steps each keep a copy of the images for the backward pass. Here, on every device, gain,
 offset, scale and shift become one multiplication and addition per channel, the arithmetic is
-float32 whatever the dtype of the images, and the backward pass needs only the input. At most two
-float32 copies of the images live at a time in the forward pass.
+float32 whatever the dtype of the images, and the backward pass needs only the input.
+
+It is written twice: as torch's operators, for every device, and in `norm_kernels.py` for CPUs,
+where those take more than twice as long (benchmarks/group_norm.py). Both do the same arithmetic.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from glide_text2im.defaults import NORM_GROUPS
-
-NORM_EPS = 1e-5
+from glide_text2im.defaults import NORM_EPS, NORM_GROUPS
+from glide_text2im.openmp import HAS_THREADS
 
 
 def _per_pixel(x: Tensor) -> Tensor:
-    """(batch, groups, channels of a group) in the shape that fits images."""
-    return x.reshape(len(x), -1, 1, 1)
+    """(batch, channels) in the shape that fits images."""
+    return x[:, :, None, None]
 
 
 def _group_sum(x: Tensor) -> Tensor:
-    """(batch, groups, channels of a group), for every channel the sum over its group.
+    """(batch, channels), for every channel the sum over its group.
 
     Adding up for every channel anew costs next to nothing. Of sums that channels share, torch's
     compiler would look up the right one for every pixel, one number at a time. Its option
     `unroll_reductions_threshold` must be 1, or it puts these sums into every pixel as well.
     """
-    channels = x.shape[2]
-    return x[:, :, None].expand(-1, -1, channels, -1).sum(dim=3)
+    grouped = x.unflatten(1, (NORM_GROUPS, -1))
+    channels = grouped.shape[2]
+    return grouped[:, :, None].expand(-1, -1, channels, -1).sum(dim=3).flatten(1)
 
 
 def _centre(images: Tensor, mean: Tensor, x: Tensor) -> Tensor:
     """images - mean, where `images` are `x` in float32; in place if they are a copy of it."""
     return images - mean if images is x else images.sub_(mean)
+
+
+def _normalize(x: Tensor, gain: Tensor, offset: Tensor, silu: bool) -> tuple[Tensor, ...]:
+    """The result, and for every channel mean and 1 / deviation of its group.
+
+    At most two float32 copies of the images live at a time.
+    """
+    count = x.shape[1:].numel() // NORM_GROUPS
+    images = x.float()
+    mean = _group_sum(images.sum(dim=(2, 3))) / count
+    centred = _centre(images, _per_pixel(mean), x)
+    rstd = (_group_sum(centred.square().sum(dim=(2, 3))) / count + NORM_EPS).rsqrt()
+    out = torch.addcmul(_per_pixel(offset), centred, _per_pixel(gain * rstd), out=centred)
+    if silu:
+        out = nn.functional.silu(out, inplace=True)
+    return out.to(x.dtype), mean, rstd
+
+
+def _normalize_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    silu: bool,
+) -> tuple[Tensor, ...]:
+    """The gradients of x, gain and offset, where `grad` is that of the result."""
+    count = x.shape[1:].numel() // NORM_GROUPS
+    a = gain * rstd
+    centred, grad = _centre(x.float(), _per_pixel(mean), x), grad.float()
+    if silu:
+        before = torch.addcmul(_per_pixel(offset), centred, _per_pixel(a))
+        grad = torch.ops.aten.silu_backward.grad_input(grad, before, grad_input=before)
+
+    grad_offset = grad.sum(dim=(2, 3))
+    by_centred = (grad * centred).sum(dim=(2, 3))
+    # The gradient through mean and deviation is k1 * (x - mean) + k0 in every group.
+    k1 = -rstd.square() * _group_sum(a * by_centred) / count
+    k0 = -_group_sum(a * grad_offset) / count
+    grad_x = torch.addcmul(_per_pixel(k0), centred, _per_pixel(k1), out=centred)
+    grad_x.addcmul_(grad, _per_pixel(a))
+    return grad_x.to(x.dtype), rstd * by_centred, grad_offset
+
+
+def _register_kernel(name: str, given: str, alike: Callable) -> None:
+    """Make a function of `norm_kernels` an operator of its name, which fake tensors and torch's
+    compiler take as it is. `alike` makes results without values from what is given."""
+
+    def call(*args: Tensor | bool) -> tuple[Tensor, ...]:
+        from glide_text2im import norm_kernels  # it takes a second, and seconds the first time
+
+        return getattr(norm_kernels, name)(*args)
+
+    name_there = f"glide_text2im::{name}"
+    torch.library.define(name_there, f"({given}) -> (Tensor, Tensor, Tensor)")
+    torch.library.impl(name_there, "cpu")(call)
+    torch.library.register_fake(name_there)(alike)
+
+
+def _alike(x: Tensor, gain: Tensor) -> tuple[Tensor, ...]:
+    x = torch.empty_like(x, memory_format=torch.channels_last)
+    return x, gain.new_empty(gain.shape), gain.new_empty(gain.shape)
+
+
+if not hasattr(torch.ops.glide_text2im, "normalize"):  # once in a process
+    _register_kernel(
+        "normalize",
+        "Tensor x, Tensor gain, Tensor offset, bool silu",
+        lambda x, gain, *_: _alike(x, gain),
+    )
+    _register_kernel(
+        "normalize_backward",
+        "Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor gain, Tensor offset, bool silu",
+        lambda _, x, __, ___, gain, *____: _alike(x, gain),
+    )
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether `norm_kernels` deals with such images."""
+    return (
+        HAS_THREADS
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 class _NormalizeAndActivate(torch.autograd.Function):
@@ -49,45 +139,19 @@ class _NormalizeAndActivate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, gain: Tensor, offset: Tensor, silu: bool) -> Tensor:
-        grouped = (NORM_GROUPS, x.shape[1] // NORM_GROUPS)
-        count = x[0].numel() // NORM_GROUPS
-
-        def group_mean(images: Tensor) -> Tensor:
-            """(batch, groups, channels of a group), for every channel the mean of its group."""
-            return _group_sum(images.sum(dim=(2, 3)).unflatten(1, grouped)) / count
-
-        images = x.float()
-        mean = group_mean(images)
-        centred = _centre(images, _per_pixel(mean), x)
-        rstd = (group_mean(centred.square()) + NORM_EPS).rsqrt()
-        a = gain.unflatten(1, grouped) * rstd
-        ctx.save_for_backward(x, mean, rstd, a, offset)
+        normalize = torch.ops.glide_text2im.normalize if _has_kernel(x) else _normalize
+        out, mean, rstd = normalize(x, gain, offset, silu)
+        ctx.save_for_backward(x, mean, rstd, gain, offset)
         ctx.silu = silu
-
-        out = torch.addcmul(_per_pixel(offset), centred, _per_pixel(a), out=centred)
-        if silu:
-            out = nn.functional.silu(out, inplace=True)
-        return out.to(x.dtype)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor):
-        x, mean, rstd, a, offset = ctx.saved_tensors
-        count = x[0].numel() // NORM_GROUPS
-        centred, grad = _centre(x.float(), _per_pixel(mean), x), grad.float()
-        if ctx.silu:
-            before = torch.addcmul(_per_pixel(offset), centred, _per_pixel(a))
-            grad = torch.ops.aten.silu_backward.grad_input(grad, before, grad_input=before)
-
-        grad_offset = grad.sum(dim=(2, 3)).view_as(a)
-        by_centred = (grad * centred).sum(dim=(2, 3)).view_as(a)
-        # The gradient through mean and deviation is k1 * (x - mean) + k0 in every group.
-        k1 = -rstd.square() * _group_sum(a * by_centred) / count
-        k0 = -_group_sum(a * grad_offset) / count
-        grad_x = torch.addcmul(_per_pixel(k0), centred, _per_pixel(k1), out=centred)
-        grad_x.addcmul_(grad, _per_pixel(a))
-        grad_gain = rstd * by_centred
-        return grad_x.to(x.dtype), grad_gain.flatten(1), grad_offset.flatten(1), None
+        x, *saved = ctx.saved_tensors
+        operators = torch.ops.glide_text2im
+        backward = operators.normalize_backward if _has_kernel(x) else _normalize_backward
+        return *backward(grad, x, *saved, ctx.silu), None
 
 
 class GroupNorm(nn.GroupNorm):
