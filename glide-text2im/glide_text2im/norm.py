@@ -85,36 +85,37 @@ def _normalize_backward(
     return grad_x.to(x.dtype), rstd * by_centred, grad_offset
 
 
-def _register_kernel(name: str, given: str, alike: Callable) -> None:
-    """Make a function of `norm_kernels` an operator of its name, which fake tensors and torch's
-    compiler take as it is. `alike` makes results without values from what is given."""
+def _alike(x: Tensor, gain: Tensor) -> tuple[Tensor, ...]:
+    """Results without values."""
+    like_x = torch.empty_like(x, memory_format=torch.channels_last)
+    return like_x, gain.new_empty(gain.shape), gain.new_empty(gain.shape)
+
+
+def _register_kernel(name: str, given: str, fake: Callable[..., tuple[Tensor, ...]]) -> None:
+    """Make a function of `norm_kernels` an operator, which torch's compiler takes as it is, and
+    fake tensors by `fake`."""
 
     def call(*args: Tensor | bool) -> tuple[Tensor, ...]:
         from glide_text2im import norm_kernels  # it takes a second, and seconds the first time
 
         return getattr(norm_kernels, name)(*args)
 
-    name_there = f"glide_text2im::{name}"
-    torch.library.define(name_there, f"({given}) -> (Tensor, Tensor, Tensor)")
-    torch.library.impl(name_there, "cpu")(call)
-    torch.library.register_fake(name_there)(alike)
-
-
-def _alike(x: Tensor, gain: Tensor) -> tuple[Tensor, ...]:
-    x = torch.empty_like(x, memory_format=torch.channels_last)
-    return x, gain.new_empty(gain.shape), gain.new_empty(gain.shape)
+    operator = f"glide_text2im::{name}"
+    torch.library.define(operator, f"({given}) -> (Tensor, Tensor, Tensor)")
+    torch.library.impl(operator, "cpu")(call)
+    torch.library.register_fake(operator)(fake)
 
 
 if not hasattr(torch.ops.glide_text2im, "normalize"):  # once in a process
     _register_kernel(
         "normalize",
         "Tensor x, Tensor gain, Tensor offset, bool silu",
-        lambda x, gain, *_: _alike(x, gain),
+        lambda x, gain, offset, silu: _alike(x, gain),
     )
     _register_kernel(
         "normalize_backward",
         "Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor gain, Tensor offset, bool silu",
-        lambda _, x, __, ___, gain, *____: _alike(x, gain),
+        lambda grad, x, mean, rstd, gain, offset, silu: _alike(x, gain),
     )
 
 
