@@ -11,12 +11,12 @@ the channels from `first` to before `last`, which are whole groups of `size` cha
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, typeof, types
+from numba import njit, types
 from numba.extending import overload
+from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
 from glide_text2im.defaults import NORM_EPS, NORM_GROUPS
@@ -24,14 +24,19 @@ from glide_text2im.openmp import run_on_torch_threads
 
 BLOCK = 32  # pixels whose sums are float32; sums of blocks are float64
 
-# exp(x) is 2^k exp(x - k ln 2). The first part of ln 2 has few enough digits for exact products.
-LOG2_E = np.float32(1 / math.log(2))
-LN2_HIGH = np.float32(0.693359375)
-LN2_LOW = np.float32(math.log(2) - 0.693359375)
+# exp(x) is 2^k exp(rest), where k is a whole number and rest = x - k ln 2 at most ln 2 / 2 from 0.
+# There a polynomial is exp with an error of 1e-7.
+LN2, LOG2_E = np.float32(math.log(2)), np.float32(1 / math.log(2))
+POLYNOMIAL = tuple(
+    Chebyshev.interpolate(np.exp, 5, domain=[-LN2 / 2, LN2 / 2])
+    .convert(kind=Polynomial)
+    .coef.astype(np.float32)
+)
 LIMIT = np.float32(87)  # beyond it exp leaves float32
-BIAS = np.float32(127)  # of a float32's exponent, which lies in the bits from 23 on
-HALF, ONE = np.float32(0.5), np.float32(1)
-TAYLOR = tuple(np.float32(1 / math.factorial(n)) for n in range(8))
+# float32 numbers of this size have no fraction: added to x / ln 2 it gives ROUNDING + k. The lowest
+# bits of that are k + 127, which in the bits from 23 on of a float32 number stand for 2^k.
+ROUNDING = np.float32(1.5 * 2**23 + 127)
+ONE = np.float32(1)
 
 
 # ------------------------------------------------------------------- numbers
@@ -69,17 +74,15 @@ def _sigmoid(x):
     """1 / (1 + exp(-x)) in vectors; numpy's exp would be called number by number."""
     x = LIMIT if x > LIMIT else x
     x = -LIMIT if x < -LIMIT else x
-    exponent = np.floor(HALF - x * LOG2_E)
-    rest = -x - exponent * LN2_HIGH - exponent * LN2_LOW
-    power = TAYLOR[7]
-    power = power * rest + TAYLOR[6]
-    power = power * rest + TAYLOR[5]
-    power = power * rest + TAYLOR[4]
-    power = power * rest + TAYLOR[3]
-    power = power * rest + TAYLOR[2]
-    power = power * rest + ONE
-    power = power * rest + ONE
-    scale = np.uint32(np.int32(exponent + BIAS) << np.int32(23)).view(np.float32)
+    rounded = np.float32(ROUNDING - x * LOG2_E)
+    rest = (ROUNDING - rounded) * LN2 - x
+    power = POLYNOMIAL[5]
+    power = power * rest + POLYNOMIAL[4]
+    power = power * rest + POLYNOMIAL[3]
+    power = power * rest + POLYNOMIAL[2]
+    power = power * rest + POLYNOMIAL[1]
+    power = power * rest + POLYNOMIAL[0]
+    scale = np.uint32(rounded.view(np.uint32) << np.uint32(23)).view(np.float32)
     return ONE / (ONE + power * scale)
 
 
@@ -211,13 +214,7 @@ def normalize(x: Tensor, gain: Tensor, offset: Tensor, silu: bool) -> tuple[Tens
     """
     x = x.contiguous(memory_format=torch.channels_last)
     out, mean, rstd = torch.empty_like(x), gain.new_empty(gain.shape), gain.new_empty(gain.shape)
-    arrays = [_by_sample(tensor) for tensor in (x, gain, offset, out, mean, rstd)]
-
-    def arguments(sample: int, size: int, first: int, last: int) -> tuple:
-        *given, out, mean, rstd = (array[sample] for array in arrays)
-        return *given, silu, size, first, last, out, mean, rstd
-
-    _run(_forward, arguments, x)
+    _run(_forward, (x, gain, offset), silu, (out, mean, rstd))
     return out, mean, rstd
 
 
@@ -233,14 +230,27 @@ def normalize_backward(
     """The gradients of x, gain and offset, where `grad` is that of the result of `normalize`."""
     grad, x = (images.contiguous(memory_format=torch.channels_last) for images in (grad, x))
     results = torch.empty_like(x), gain.new_empty(gain.shape), gain.new_empty(gain.shape)
-    arrays = [_by_sample(t) for t in (grad, x, mean, rstd, gain, offset, *results)]
-
-    def arguments(sample: int, size: int, first: int, last: int) -> tuple:
-        *given, grad_x, grad_gain, grad_offset = (array[sample] for array in arrays)
-        return *given, silu, size, first, last, grad_x, grad_gain, grad_offset
-
-    _run(_backward, arguments, x)
+    _run(_backward, (grad, x, mean, rstd, gain, offset), silu, results)
     return results
+
+
+def _run(
+    kernel: Callable, given: tuple[Tensor, ...], silu: bool, results: tuple[Tensor, ...]
+) -> None:
+    """Call the kernel for each sample, or for parts of its channels if there are more threads."""
+    batch, channels = given[0].shape[:2]
+    parts = 1
+    while batch * parts < torch.get_num_threads() and parts < NORM_GROUPS:
+        parts *= 2
+    size, width = channels // NORM_GROUPS, channels // parts
+    compiled = _compiled(kernel, given[0].dtype)
+    given, results = (zip(*map(_by_sample, tensors), strict=True) for tensors in (given, results))
+    calls = [
+        (*its_given, silu, size, first, first + width, *its_results)
+        for its_given, its_results in zip(given, results, strict=True)
+        for first in range(0, channels, width)
+    ]
+    run_on_torch_threads(lambda index: compiled(*calls[index]), len(calls))
 
 
 def _by_sample(tensor: Tensor) -> np.ndarray:
@@ -252,27 +262,18 @@ def _by_sample(tensor: Tensor) -> np.ndarray:
     return tensor.contiguous().numpy()
 
 
-def _run(kernel: Callable, arguments: Callable[[int, int, int, int], tuple], x: Tensor) -> None:
-    """Call the kernel for each sample, or for parts of its channels if there are more threads."""
-    batch, channels = x.shape[:2]
-    if not batch:
-        return
-    parts = 1
-    while batch * parts < torch.get_num_threads() and parts < NORM_GROUPS:
-        parts *= 2
-    size, width = channels // NORM_GROUPS, channels // parts
-    compiled = _compiled(kernel, tuple(map(typeof, arguments(0, size, 0, width))))
-
-    def task(index: int) -> None:
-        sample, part = divmod(index, parts)
-        compiled(*arguments(sample, size, part * width, (part + 1) * width))
-
-    run_on_torch_threads(task, batch * parts)
+_CHANNELS = types.float32[::1]
+_PART = (types.boolean, types.int64, types.int64, types.int64)  # silu, size, first, last
 
 
 @functools.cache
-def _compiled(kernel: Callable, signature: tuple[Any, ...]) -> Callable:
-    """The kernel in machine code for such arguments, kept on disk if there is a place for it."""
+def _compiled(kernel: Callable, dtype: torch.dtype) -> Callable:
+    """The kernel in machine code for such images, kept on disk if there is a place for it."""
+    images = (types.uint16 if dtype == torch.bfloat16 else types.float32)[:, ::1]
+    signature = {
+        _forward: (images, *[_CHANNELS] * 2, *_PART, images, *[_CHANNELS] * 2),
+        _backward: (*[images] * 2, *[_CHANNELS] * 4, *_PART, images, *[_CHANNELS] * 2),
+    }[kernel]
     # "contract" has a product and a sum rounded once, by one instruction.
     decorate = functools.partial(njit, nogil=True, error_model="numpy", fastmath={"contract"})
     try:
