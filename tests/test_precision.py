@@ -151,6 +151,33 @@ def test_sampling_casts_each_weight_once_however_many_passes_it_makes(monkeypatc
     assert torch.equal(*passes)
 
 
+@pytest.mark.parametrize("kept_in", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "layer", [{"kernel_size": 1}, {"kernel_size": 3, "padding": 1}, {"kernel_size": 3, "stride": 2}]
+)
+def test_convolutions_by_copies_that_are_kept_are_those_by_the_weights(monkeypatch, kept_in, layer):
+    monkeypatch.setattr(nn, "SLOW_ON_CPU", set())
+    torch.manual_seed(0)
+    conv = nn.Conv2d(32, 64, **layer).to(kept_in)
+    computed_in = torch.bfloat16 if kept_in == torch.float32 else torch.float32
+    x = torch.randn(3, 32, 9, 9).to(computed_in, memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = conv(x)
+        with nn.weights_cast_once():
+            for images in (x, x, x[:1]):
+                torch.testing.assert_close(conv(images), expected[: len(images)])
+    assert not expected.isnan().any()
+
+
+def test_convolutions_by_copies_that_are_kept_follow_autocast(monkeypatch):
+    monkeypatch.setattr(nn, "SLOW_ON_CPU", set())
+    conv = nn.Conv2d(4, 8, 3)
+    x = torch.randn(2, 4, 5, 5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), nn.weights_cast_once():
+        assert torch.equal(conv(x), conv(x.bfloat16()))
+        assert conv(x).dtype == torch.bfloat16
+
+
 def test_weights_changed_between_two_samplings_count():
     model, _, _ = tiny_model()
     tokens, mask, images = tiny_batch(2)

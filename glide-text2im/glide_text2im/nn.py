@@ -67,43 +67,60 @@ def weights_cast_once() -> Iterator[None]:
         _casts.kept = before
 
 
-def cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """The parameter in `dtype`, itself if it has that."""
+def cast(
+    parameter: Tensor, dtype: torch.dtype, lay_out: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The parameter in `dtype`, itself if it has that. A copy that is kept is `lay_out(copy)`."""
     if parameter.dtype == dtype or torch.is_grad_enabled() or (kept := _casts.kept) is None:
         return parameter.to(dtype)
     key = (id(parameter), dtype)
     if key not in kept:
-        kept[key] = (parameter, parameter.to(dtype))
+        copy = parameter.to(dtype)
+        kept[key] = (parameter, lay_out(copy) if lay_out else copy)
     return kept[key][1]
+
+
+def _dtypes_of_onednn() -> set[torch.dtype]:
+    """Those that oneDNN, which multiplies for torch on a CPU, takes on this one."""
+    if not torch.backends.mkldnn.is_available():
+        return set()
+    supported = {
+        torch.float32: True,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return {dtype for dtype, is_supported in supported.items() if is_supported}
 
 
 def _slow_on_this_cpu() -> set[torch.dtype]:
     """The dtypes that torch multiplies without instructions for them here."""
-    found = {torch.bfloat16: False, torch.float16: False}
-    if torch.backends.mkldnn.is_available():
-        found[torch.bfloat16] = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        found[torch.float16] = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    slow = {torch.bfloat16, torch.float16} - _dtypes_of_onednn()
     if torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported():
-        found[torch.bfloat16] = False  # oneDNN calls it supported, and takes four times as long
-    return {dtype for dtype, is_supported in found.items() if not is_supported}
+        slow.add(torch.bfloat16)  # oneDNN calls it supported, and takes four times as long
+    return slow
 
 
+DTYPES_OF_ONEDNN = _dtypes_of_onednn()
 SLOW_ON_CPU = _slow_on_this_cpu()
 
 
-def multiply(product: Callable[..., Tensor], x: Tensor, *parameters: Tensor | None) -> Tensor:
+def multiply(
+    product: Callable[..., Tensor],
+    x: Tensor,
+    *parameters: Tensor | None,
+    lay_out: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """product(x, *parameters), all of them in the dtype of x, or of autocast where that is on.
 
     On a CPU without instructions for that dtype, which would take several times as long, they
-    are multiplied in float32 and the product is rounded.
+    are multiplied in float32 and the product is rounded. `lay_out` is as in `cast`.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if _autocast_enabled(kind) else x.dtype
-    if kind != "cpu" or dtype not in SLOW_ON_CPU:
-        return product(x, *(p if p is None else cast(p, x.dtype) for p in parameters))
-    widened = (p if p is None else cast(p, torch.float32) for p in parameters)
+    inside = torch.float32 if kind == "cpu" and dtype in SLOW_ON_CPU else dtype
+    given = (p if p is None else cast(p, inside, lay_out) for p in parameters)
     with without_autocast(kind):
-        return product(x.float(), *widened).to(dtype)
+        return product(x.to(inside), *given).to(dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -156,7 +173,22 @@ class Conv2d(nn.Conv2d):
         self.weight = nn.Parameter(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return multiply(self._conv_forward, x, self.weight, self.bias)
+        return multiply(self._product, x, self.weight, self.bias, lay_out=self._laid_out)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not weight.is_mkldnn:
+            return self._conv_forward(x, weight, bias)
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, weight, bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
+        )
+
+    def _laid_out(self, copy: Tensor) -> Tensor:
+        """A weight on a CPU as oneDNN would lay it out anew in every pass; a bias as it is."""
+        if copy.ndim < 4 or copy.device.type != "cpu" or copy.dtype not in DTYPES_OF_ONEDNN:
+            return copy
+        return torch._C._nn.mkldnn_reorder_conv2d_weight(
+            copy.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups
+        )
 
 
 class PointwiseConv1d(nn.Conv1d):
