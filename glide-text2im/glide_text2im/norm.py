@@ -6,8 +6,9 @@ SiLU steps each keep a copy of the images for the backward pass. Here, on every 
 offset, scale and shift become one multiplication and addition per channel, the arithmetic is
 float32 whatever the dtype of the images, and the backward pass needs only the input.
 
-It is written twice: as torch's operators, for every device, and in `norm_kernels.py` for CPUs,
-where those take more than twice as long (benchmarks/group_norm.py). Both do the same arithmetic.
+It is written twice: as torch's operators, for every device and for torch's compiler, and in
+`norm_kernels.py` for CPUs, where those take more than twice as long (benchmarks/group_norm.py).
+Both do the same arithmetic.
 """
 
 from collections.abc import Callable
@@ -92,8 +93,7 @@ def _alike(x: Tensor, gain: Tensor) -> tuple[Tensor, ...]:
 
 
 def _register_kernel(name: str, given: str, fake: Callable[..., tuple[Tensor, ...]]) -> None:
-    """Make a function of `norm_kernels` an operator, which torch's compiler takes as it is, and
-    fake tensors by `fake`."""
+    """Make a function of `norm_kernels` an operator, which fake tensors take by `fake`."""
 
     def call(*args: Tensor | bool) -> tuple[Tensor, ...]:
         from glide_text2im import norm_kernels  # it takes a second, and seconds the first time
@@ -120,9 +120,11 @@ if not hasattr(torch.ops.glide_text2im, "normalize"):  # once in a process
 
 
 def _has_kernel(x: Tensor) -> bool:
-    """Whether `norm_kernels` deals with such images."""
+    """Whether `norm_kernels` deals with such images. Torch's compiler would have to write and lay
+    out for it what it otherwise computes within the operators."""
     return (
         HAS_THREADS
+        and not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.is_contiguous(memory_format=torch.channels_last)
