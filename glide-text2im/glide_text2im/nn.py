@@ -12,6 +12,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +44,15 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-class _Casts(threading.local):
-    """What `weights_cast_once` keeps: the parameter, so that its id is not used again, and its
-    copy. Every thread has its own, since weights may change in one while another samples."""
+LayOut = Callable[[Tensor], Tensor]
 
-    kept: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None = None
+
+class _Casts(threading.local):
+    """What `weights_cast_once` keeps: the parameter, so that its id is not used again, how its copy
+    is laid out, and the copy. Every thread has its own, since weights may change in one while
+    another samples."""
+
+    kept: dict[tuple[int, torch.dtype], tuple[Tensor, LayOut | None, Tensor]] | None = None
 
 
 _casts = _Casts()
@@ -67,17 +72,16 @@ def weights_cast_once() -> Iterator[None]:
         _casts.kept = before
 
 
-def cast(
-    parameter: Tensor, dtype: torch.dtype, lay_out: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """The parameter in `dtype`, itself if it has that. A copy that is kept is `lay_out(copy)`."""
+def cast(parameter: Tensor, dtype: torch.dtype, lay_out: LayOut | None = None) -> Tensor:
+    """The parameter in `dtype`, itself if it has that. A copy that is kept is `lay_out(copy)`, made
+    anew when another layout, by `==`, is asked for."""
     if parameter.dtype == dtype or torch.is_grad_enabled() or (kept := _casts.kept) is None:
         return parameter.to(dtype)
     key = (id(parameter), dtype)
-    if key not in kept:
+    if key not in kept or kept[key][1] != lay_out:
         copy = parameter.to(dtype)
-        kept[key] = (parameter, lay_out(copy) if lay_out else copy)
-    return kept[key][1]
+        kept[key] = (parameter, lay_out, lay_out(copy) if lay_out else copy)
+    return kept[key][2]
 
 
 def _dtypes_of_onednn() -> set[torch.dtype]:
@@ -108,7 +112,7 @@ def multiply(
     product: Callable[..., Tensor],
     x: Tensor,
     *parameters: Tensor | None,
-    lay_out: Callable[[Tensor], Tensor] | None = None,
+    lay_out: LayOut | None = None,
 ) -> Tensor:
     """product(x, *parameters), all of them in the dtype of x, or of autocast where that is on.
 
@@ -152,6 +156,25 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class _LaidOutForOneDNN(NamedTuple):
+    """How oneDNN wants the weight of a convolution: it lays any other out anew in every pass.
+
+    That depends on the images, too. What is best for others can take 15 times as long.
+    """
+
+    padding: tuple[int, ...]
+    stride: tuple[int, ...]
+    images: tuple[int, ...]
+
+    def __call__(self, copy: Tensor) -> Tensor:
+        """The weight in that layout if it is on a CPU; a bias as it is."""
+        if copy.ndim < 4 or copy.device.type != "cpu" or copy.dtype not in DTYPES_OF_ONEDNN:
+            return copy
+        return torch._C._nn.mkldnn_reorder_conv2d_weight(
+            copy.to_mkldnn(), self.padding, self.stride, input_size=self.images
+        )
+
+
 class Conv2d(nn.Conv2d):
     """A two-dimensional convolution that computes in the dtype of its input.
 
@@ -173,21 +196,14 @@ class Conv2d(nn.Conv2d):
         self.weight = nn.Parameter(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return multiply(self._product, x, self.weight, self.bias, lay_out=self._laid_out)
+        lay_out = _LaidOutForOneDNN(self.padding, self.stride, tuple(x.shape))
+        return multiply(self._product, x, self.weight, self.bias, lay_out=lay_out)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not weight.is_mkldnn:
             return self._conv_forward(x, weight, bias)
         return torch.ops.mkldnn._convolution_pointwise(
             x, weight, bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
-        )
-
-    def _laid_out(self, copy: Tensor) -> Tensor:
-        """A weight on a CPU as oneDNN would lay it out anew in every pass; a bias as it is."""
-        if copy.ndim < 4 or copy.device.type != "cpu" or copy.dtype not in DTYPES_OF_ONEDNN:
-            return copy
-        return torch._C._nn.mkldnn_reorder_conv2d_weight(
-            copy.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups
         )
 
 
