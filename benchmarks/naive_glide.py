@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glide_text2im.nn import Conv2d
 from glide_text2im.norm import GroupNorm
-from glide_text2im.unet import AttentionBlock, ResidualBlock, UNet
+from glide_text2im.unet import AttentionBlock, ResidualBlock, UNet, UpsamplingConv2d
 from glide_text2im.xf import SelfAttention
 
 
@@ -22,6 +23,8 @@ def make_naive(model: UNet) -> UNet:
     for module in model.modules():
         if isinstance(module, GroupNorm):
             module.forward = partial(group_norm, module)
+        elif isinstance(module, Conv2d):
+            module.forward = partial(convolution, module)
         elif isinstance(module, ResidualBlock):
             module.compute = partial(residual_block, module)
         elif isinstance(module, AttentionBlock):
@@ -44,13 +47,21 @@ def group_norm(norm: GroupNorm, x: Tensor) -> Tensor:
     return F.silu(out) if norm.silu else out
 
 
+def convolution(layer: Conv2d, x: Tensor) -> Tensor:
+    if isinstance(layer, UpsamplingConv2d):
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    return nn.Conv2d.forward(layer, x)
+
+
 def residual_block(block: ResidualBlock, x: Tensor, emb: Tensor, skip: Tensor | None) -> Tensor:
     if skip is not None:
         x = torch.cat([x, skip], dim=1)
     norm, _, convolve = block.in_layers
     h = norm(x)
     if block.resize is not None:
-        h, x = block.resize(h), block.resize(x)
+        x = block.resize(x)
+        if not isinstance(convolve, UpsamplingConv2d):
+            h = block.resize(h)
     h = convolve(h)
     emb = block.emb_layers(emb)[:, :, None, None]
     norm, _, dropout, convolve = block.out_layers

@@ -11,9 +11,15 @@ from torch.nn import functional as F
 
 from glide_text2im.defaults import downsampling_factor, model_and_diffusion_defaults
 from glide_text2im.model_creation import create_model
-from glide_text2im.nn import SHORT_ATTENTION, Dropout, LayerNorm, attention
+from glide_text2im.nn import (
+    SHORT_ATTENTION,
+    Dropout,
+    LayerNorm,
+    attention,
+    weights_cast_once,
+)
 from glide_text2im.norm import GroupNorm
-from glide_text2im.unet import upsample
+from glide_text2im.unet import UpsamplingConv2d, upsample
 from golden_data import fill
 
 DIFFUSION_OPTIONS = ("diffusion_steps", "noise_schedule", "timestep_respacing")
@@ -441,6 +447,44 @@ def test_upsampling_repeats_pixels_and_adds_up_their_gradients(dtype):
     weights = torch.randn_like(got)
     want = weights.double().unflatten(3, (5, 2)).unflatten(2, (4, 2)).sum(dim=(3, 5)).to(dtype)
     torch.testing.assert_close(torch.autograd.grad((got * weights).sum(), x)[0], want)
+
+
+def upsampled_and_convolved(tensors):
+    x, weight, bias = (tensor.detach().double().requires_grad_() for tensor in tensors)
+    doubled = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    return F.conv2d(doubled, weight, bias, padding=1), (x, weight, bias)
+
+
+@pytest.mark.parametrize("height", [6, 40])  # few pixels and many
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_the_convolution_of_doubled_images_and_its_gradients_are_exact(dtype, tolerance, height):
+    torch.manual_seed(0)
+    layer = UpsamplingConv2d(32, 48)
+    x = torch.randn(2, 32, height, 12).to(dtype, memory_format=torch.channels_last)
+    tensors = [x.requires_grad_(), layer.weight, layer.bias]
+    out = layer(x)
+    expected, expected_tensors = upsampled_and_convolved(tensors)
+    assert out.dtype == dtype
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+    grad = torch.randn(out.shape)
+    (out * grad).sum().backward()
+    (expected * grad).sum().backward()
+    pairs = [(out, expected)]
+    pairs += [(t.grad, e.grad) for t, e in zip(tensors, expected_tensors, strict=True)]
+    for ours, exact in pairs:
+        assert (ours.double() - exact).norm() < tolerance * exact.norm()
+
+
+def test_the_convolution_of_doubled_images_is_exact_by_weights_that_are_kept():
+    torch.manual_seed(0)
+    layer = UpsamplingConv2d(32, 48)
+    x = torch.randn(2, 32, 6, 12).to(torch.bfloat16, memory_format=torch.channels_last)
+    expected, _ = upsampled_and_convolved([x, layer.weight, layer.bias])
+    with torch.no_grad(), weights_cast_once():
+        for images in (x, x, x[:1]):
+            error = layer(images).double() - expected[: len(images)]
+            assert error.norm() < 1e-2 * expected[: len(images)].norm()
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])

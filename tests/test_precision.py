@@ -178,6 +178,35 @@ def test_convolutions_by_copies_that_are_kept_follow_autocast(monkeypatch):
         assert conv(x).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("pixels", [8, 40])  # a side: fewer and more than FEW_PIXELS
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_gradients_of_convolutions_are_exact_for_few_pixels_and_many(
+    monkeypatch, dtype, tolerance, pixels
+):
+    monkeypatch.setattr(nn, "SLOW_ON_CPU", set())
+    torch.manual_seed(0)
+    conv = nn.Conv2d(32, 64, 3, padding=1)
+    x = torch.randn(3, 32, pixels, pixels).contiguous(memory_format=torch.channels_last)
+    grad = torch.randn(3, 64, pixels, pixels).to(dtype, memory_format=torch.channels_last)
+    x = x.to(dtype).requires_grad_()
+    (conv(x) * grad).sum().backward()
+
+    exact = [t.detach().double().requires_grad_() for t in (x, conv.weight, conv.bias)]
+    (torch.nn.functional.conv2d(*exact, padding=1) * grad).sum().backward()
+    for ours, expected in zip((x, conv.weight, conv.bias), exact, strict=True):
+        error = (ours.grad.double() - expected.grad).norm() / expected.grad.norm()
+        assert error < tolerance
+    assert conv.weight.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_convolutions_of_few_pixels_leave_out_the_gradient_of_pictures():
+    conv = nn.Conv2d(4, 8, 3, padding=1)
+    x = torch.randn(1, 4, 5, 5)
+    conv(x).sum().backward()
+    assert x.grad is None
+    assert conv.bias.grad.eq(25).all()
+
+
 def test_weights_changed_between_two_samplings_count():
     model, _, _ = tiny_model()
     tokens, mask, images = tiny_batch(2)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 SHORT_ATTENTION = 512  # positions; beyond them the matrix of scores costs too much memory
@@ -165,14 +166,50 @@ class _LaidOutForOneDNN(NamedTuple):
     padding: tuple[int, ...]
     stride: tuple[int, ...]
     images: tuple[int, ...]
+    prepare: Callable[[Tensor], Tensor]  # makes of the weight what images are convolved with
 
     def __call__(self, copy: Tensor) -> Tensor:
         """The weight in that layout if it is on a CPU; a bias as it is."""
         if copy.ndim < 4 or copy.device.type != "cpu" or copy.dtype not in DTYPES_OF_ONEDNN:
             return copy
         return torch._C._nn.mkldnn_reorder_conv2d_weight(
-            copy.to_mkldnn(), self.padding, self.stride, input_size=self.images
+            self.prepare(copy).to_mkldnn(), self.padding, self.stride, input_size=self.images
         )
+
+
+FEW_PIXELS = 512  # in a batch, up to which a matrix product gives a weight's gradient sooner
+
+
+def _patches(x: Tensor) -> Tensor:
+    """(pixels of all images, 9 * channels): the 3x3 pixels around each, zeros beyond the edge."""
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    around = padded.unfold(1, 3, 1).unfold(2, 3, 1)  # batch, height, width, channels, 3, 3
+    return around.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)
+
+
+class _ConvolutionOfFewPixels(torch.autograd.Function):
+    """A 3x3 convolution of stride 1 and padding 1 whose weight's gradient is a matrix product.
+
+    oneDNN would spend most of its time on laying that gradient out, which is much larger than the
+    images here.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad_x, _, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1,
+            (ctx.needs_input_grad[0], False, False),
+        )  # fmt: skip
+        by_channel = grad.transpose(0, 1).flatten(1)
+        grad_weight = (by_channel @ _patches(x)).unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+        return grad_x, grad_weight, by_channel.sum(1)
 
 
 class Conv2d(nn.Conv2d):
@@ -196,15 +233,30 @@ class Conv2d(nn.Conv2d):
         self.weight = nn.Parameter(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        lay_out = _LaidOutForOneDNN(self.padding, self.stride, tuple(x.shape))
+        images = tuple(x.shape)
+        lay_out = _LaidOutForOneDNN(self.padding, self.stride, images, self._prepared)
         return multiply(self._product, x, self.weight, self.bias, lay_out=lay_out)
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    @staticmethod
+    def _prepared(weight: Tensor) -> Tensor:
+        return weight
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        is_usual = (weight.shape[2:], self.stride, self.padding) == ((3, 3), (1, 1), (1, 1))
+        if is_usual and weight.requires_grad and self._may_train_on_few_pixels(x):
+            return _ConvolutionOfFewPixels.apply(x, weight, bias)
         if not weight.is_mkldnn:
             return self._conv_forward(x, weight, bias)
         return torch.ops.mkldnn._convolution_pointwise(
             x, weight, bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
         )
+
+    @staticmethod
+    def _may_train_on_few_pixels(x: Tensor) -> bool:
+        """Whether this is a pass with gradients of few pixels on a CPU. Whose gradients does not
+        matter: to freeze a weight must not change what is computed."""
+        few = x.device.type == "cpu" and x[:, 0].numel() <= FEW_PIXELS
+        return few and torch.is_grad_enabled()
 
 
 class PointwiseConv1d(nn.Conv1d):
