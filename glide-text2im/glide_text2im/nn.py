@@ -239,6 +239,7 @@ class Conv2d(nn.Conv2d):
 
     @staticmethod
     def _prepared(weight: Tensor) -> Tensor:
+        """What `_product` convolves with, by which it can be given the weight as well."""
         return weight
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
