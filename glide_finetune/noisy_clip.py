@@ -162,6 +162,7 @@ def clip_job(config: ClipConfig, origin: Origin, device: torch.device) -> Job:
     """The training of a noise-aware CLIP, for `training_run.run`."""
     options = config.options
     data = make_training_data(config, device, tokenizer=ClipTokens(), split=split_by_caption)
+    data.loader.start_workers()
     model = make_clip(config, origin.checkpoint.weights if origin.checkpoint else None, device)
     optimizer = make_optimizer(model, config.learning_rate, config.adam_weight_decay)
 

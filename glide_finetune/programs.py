@@ -7,13 +7,17 @@ import contextlib
 import ctypes
 import errno
 import logging
+import multiprocessing
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import TextIO
 
 from glide_finetune.config import ConfigError
+from glide_finetune.stopping import ONE_PRESS, ctrl_c_calls
 
 # Settings of glibc's mallopt(3).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -49,7 +53,11 @@ def run_program(
     try:
         return action()
     except KeyboardInterrupt:
-        tell("; ".join(filter(None, (f"{name}: interrupted", after_interrupt))))
+        with ctrl_c_calls(signal.SIG_IGN):
+            for worker in multiprocessing.active_children():  # which would be waited for
+                worker.kill()
+            tell("; ".join(filter(None, (f"{name}: interrupted", after_interrupt))))
+            time.sleep(ONE_PRESS)  # within which it may come a second time
         return 130
     except Exception as error:
         line = _line_about(error, other_weights)

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def stopping_on_signals(trainer: "Trainer") -> Iterator[list[signal.Signals]]:
 
     def stop(number: int, frame: object) -> None:
         nonlocal first_at
-        if os.getpid() != owner:  # a data worker, which ends with the main process
+        if os.getpid() != owner:  # a worker of a caller's loader, which ends with this process
             return
         received.append(signal.Signals(number))
         if not trainer.stop_requested:
@@ -54,6 +54,20 @@ def stopping_on_signals(trainer: "Trainer") -> Iterator[list[signal.Signals]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def ctrl_c_calls(handler: Callable | signal.Handlers) -> Iterator[None]:
+    """While open, Ctrl-C calls that instead of raising; outside of the main thread, where Python
+    lets nobody listen, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _is_left_out(number: int) -> bool:

@@ -164,6 +164,7 @@ def glide_job(config: TrainConfig, origin: Origin, device: torch.device) -> Job:
     checkpoint = origin.checkpoint
     # first the data, since mistakes in it should not have to wait for a download
     data = make_training_data(config, device)
+    data.loader.start_workers()
     origin = without_state_if_widened(origin, config)
     model, diffusion, options = load_model(
         str(checkpoint.weights) if checkpoint else "",

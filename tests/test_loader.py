@@ -419,6 +419,47 @@ def test_batches_do_not_depend_on_the_workers_and_persistent_ones_follow_the_epo
         assert equal(list(loader), epochs[1][3:])
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_workers_that_are_started_beforehand_make_the_same(folder, num_workers):
+    want = batches(full_dataset(folder), epoch=1, start_batch=2)
+    others = set(multiprocessing.active_children())
+    loader = make_dataloader(full_dataset(folder), 4, seed=5, num_workers=num_workers, device="cpu")
+    loader.start_workers()
+    started = set(multiprocessing.active_children()) - others
+    assert len(started) == num_workers
+    assert equal(list(loader), batches(full_dataset(folder)))
+    loader.set_epoch(1, start_batch=2)
+    assert equal(list(loader), want)
+    assert set(multiprocessing.active_children()) - others == started
+
+
+def test_ctrl_c_while_workers_are_started_waits_until_they_are_up(tmp_path):
+    write_images(tmp_path, 4)
+    code = f"""
+import multiprocessing, os, signal
+from glide_finetune.data.dataloading import make_dataloader
+from glide_finetune.loader import TextImageDataset
+fork = os.fork
+def fork_and_press():
+    pid = fork()
+    if pid:
+        os.killpg(0, signal.SIGINT)
+    return pid
+os.fork = fork_and_press
+loader = make_dataloader(TextImageDataset({str(tmp_path)!r}, 8, 8), 1, seed=0, num_workers=2,
+                         device="cpu")
+try:
+    loader.start_workers()
+except KeyboardInterrupt:
+    print(len(multiprocessing.active_children()), len(list(loader)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], check=False, capture_output=True, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("2 4\n", "")
+
+
 @pytest.fixture
 def no_shared_memory(monkeypatch):
     """For workers that start from now on, and an end to a test that waits for them in vain."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import signal
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from glide_finetune import clip_weights, data_report
+from glide_finetune import clip_weights, data_report, noisy_clip
 from glide_finetune.arguments import parse_config as parse_glide_config
 from glide_finetune.clip_options import RELEASED_OPTIONS
 from glide_finetune.clip_weights import read_clip, used_clip
@@ -223,6 +224,20 @@ EXACT = shlex.split(
     "--max_steps 7 --epochs 9 --learning_rate 1e-3 --ema_rate 0.9 --warmup_steps 3 --random_hflip "
     "--gradient_accumulation_steps 2 --val_fraction 0.2 --eval_interval 2"
 )
+
+
+def test_data_workers_do_not_hold_the_model(monkeypatch):
+    write_pictures(twelve_captions())
+    make_clip, others = noisy_clip.make_clip, set(multiprocessing.active_children())
+    workers = []
+
+    def look_at_workers(*args):
+        workers.append(set(multiprocessing.active_children()) - others)
+        return make_clip(*args)
+
+    monkeypatch.setattr(noisy_clip, "make_clip", look_at_workers)
+    assert main([*SMALL, "--num_workers", "2", "--max_steps", "1"]) == 0
+    assert len(workers[0]) == 2
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights():

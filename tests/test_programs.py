@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import multiprocessing
 import os
 import platform
 import shlex
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from glide_finetune import generate, noisy_clip_finetune, prepare
+from glide_finetune import generate, noisy_clip_finetune, prepare, programs
 from glide_finetune.bad_steps import TrainingDiverged
 from glide_finetune.config import ConfigError, TrainConfig
 from glide_finetune.memory import OutOfMemory
@@ -174,6 +175,26 @@ def test_a_ctrl_c_needs_no_traceback(capsys):
     assert run_program("a.py", ending_with(KeyboardInterrupt())) == 130
     assert run_program("b.py", ending_with(KeyboardInterrupt()), after_interrupt="go on") == 130
     assert capsys.readouterr().err == "a.py: interrupted\nb.py: interrupted; go on\n"
+
+
+def test_a_ctrl_c_that_comes_twice_is_one(capsys, monkeypatch):
+    def tell(line):
+        signal.raise_signal(signal.SIGINT)  # the same one, passed on by a launcher
+        print(line)
+
+    monkeypatch.setattr(programs, "tell", tell)
+    before = signal.getsignal(signal.SIGINT)
+    assert run_program("a.py", ending_with(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().out == "a.py: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_after_ctrl_c_no_worker_is_waited_for():
+    worker = multiprocessing.get_context("fork").Process(target=signal.pause)
+    worker.start()
+    assert run_program("a.py", ending_with(KeyboardInterrupt())) == 130
+    worker.join()
+    assert worker.exitcode == -signal.SIGKILL
 
 
 def test_mistakes_are_told_without_torch():

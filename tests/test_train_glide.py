@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -122,6 +123,19 @@ class TestRun:
             "finished at step 25; the samples are in whole/0000/samples/00000025.png, "
             "everything else is in whole/0000" in out
         )
+
+    def test_data_workers_do_not_hold_the_model(self, place, monkeypatch):
+        load_model, workers = training_run.load_model, []
+
+        def look_at_workers(*args, **keywords):
+            workers.append(set(multiprocessing.active_children()) - others)
+            return load_model(*args, **keywords)
+
+        monkeypatch.setattr(training_run, "load_model", look_at_workers)
+        others = set(multiprocessing.active_children())
+        argv = [*SMALL_MODEL, "--data_dir", "data", "--checkpoints_dir", "forked"]
+        assert main([*argv, "--num_workers", "2", "--max_steps", "1", "--log_frequency", "0"]) == 0
+        assert len(workers[0]) == 2
 
     def test_its_weights_fit_a_freshly_made_model(self, whole):
         options = json.loads((whole / "glide-ft-5x25.json").read_text())["model_options"]

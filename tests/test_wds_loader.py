@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import multiprocessing
 import tarfile
 from collections import Counter
 
@@ -487,6 +488,22 @@ def test_held_back_samples_do_not_come(shards):
 def epoch_batches(loader, epoch: int, start_batch: int = 0) -> list[tuple]:
     loader.set_epoch(epoch, start_batch)
     return [(images.numpy().tobytes(), batch_keys) for _, _, images, batch_keys in loader]
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_workers_that_are_started_beforehand_make_the_same(shards, num_workers):
+    def new_loader():
+        return make_dataloader(stream(shards), 4, seed=0, num_workers=num_workers, device="cpu")
+
+    first, want = epoch_batches(new_loader(), 0), epoch_batches(new_loader(), 1, start_batch=2)
+    others = set(multiprocessing.active_children())
+    loader = new_loader()
+    loader.start_workers()
+    started = set(multiprocessing.active_children()) - others
+    assert len(started) == num_workers
+    assert len(list(loader)) == len(first), "without a call of set_epoch"
+    assert epoch_batches(loader, 1, start_batch=2) == want
+    assert set(multiprocessing.active_children()) - others == started
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])

@@ -22,6 +22,7 @@ from glide_finetune.data.shared_integer import SharedInteger
 from glide_finetune.data.workers import (
     place_among_workers,
     received_from,
+    start_workers,
     to_send,
     worker_loader,
 )
@@ -40,12 +41,12 @@ def make_dataloader(
 ) -> "FolderBatches | ShardBatches":
     """Batches of a dataset: tuples of stacked tensors, and a list of keys last if it gives them.
 
-    Call `set_epoch(epoch, start_batch=0)`, then iterate; without a new call the same epoch comes
-    again. `device` is where the batches will be used: for CUDA they come in pinned memory.
-    `seed` is for the order of folders; a stream of shards has its own. An incomplete last batch is
-    left out. `epoch_samples` is for streams of shards: how many samples make up an epoch, over all
-    processes of a distributed run; 0 for those of one pass. Workers have the next `batches_a_step`
-    ready, two each at least.
+    Call `start_workers()` before a model is loaded, then `set_epoch(epoch, start_batch=0)`, and
+    iterate; without a new call the same epoch comes again. `device` is where the batches will be
+    used: for CUDA they come in pinned memory. `seed` is for the order of folders; a stream of
+    shards has its own. An incomplete last batch is left out. `epoch_samples` is for streams of
+    shards: how many samples make up an epoch, over all processes of a distributed run; 0 for those
+    of one pass. Workers have the next `batches_a_step` ready, two each at least.
 
     A folder with fewer samples than a batch gives one batch, in which samples occur again with
     other crops. Raises ValueError for fewer `epoch_samples` than a batch has, and while iterating
@@ -163,6 +164,14 @@ class FolderBatches:
         self._left_out_by_index = dataset.index.metrics()
         self._loader = worker_loader(_FolderDraws(dataset), batch_sampler=self._epoch, **workers)
 
+    def start_workers(self) -> None:
+        """As `workers.start_workers`; without it the first epoch starts them."""
+        start_batch, self._epoch.start_batch = self._epoch.start_batch, self._epoch.batches
+        try:
+            start_workers(self._loader)
+        finally:
+            self._epoch.start_batch = start_batch
+
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         self._epoch.epoch, self._epoch.start_batch = epoch, start_batch
 
@@ -183,9 +192,13 @@ class FolderBatches:
         self._account.end_epoch(is_whole=is_whole)
 
 
+NO_BATCHES = -1  # as the start of an epoch in which there are none
+
+
 class _ShardShare(IterableDataset):
     """What the workers of a stream hold: the batches of a worker's share of an epoch.
 
+    start_batch: of the epoch, where it is entered, or `NO_BATCHES`.
     endless: go through the share again and again.
     """
 
@@ -201,6 +214,8 @@ class _ShardShare(IterableDataset):
         n * workers + w of the epoch, or an earlier one where another worker has run out. Hence
         what is skipped by that rule is never needed, and the receiver drops the few too many.
         """
+        if self.start_batch.value == NO_BATCHES:
+            return
         worker, workers = place_among_workers()
         skip = max(0, math.ceil((self.start_batch.value - worker) / workers))
         epoch, tally = self.stream.epoch, Tally()
@@ -320,6 +335,14 @@ class ShardBatches:
         if not self._batches:
             raise TypeError("how many batches the shards make is known only after an epoch")
         return self._batches
+
+    def start_workers(self) -> None:
+        """As `workers.start_workers`; without it the first epoch starts them."""
+        start_batch, self._share.start_batch.value = self._share.start_batch.value, NO_BATCHES
+        try:
+            start_workers(self._loader)
+        finally:
+            self._share.start_batch.value = start_batch
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         self._share.stream.set_epoch(epoch)

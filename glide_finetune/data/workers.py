@@ -23,7 +23,7 @@ except ImportError:  # Windows
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from glide_finetune.stopping import STOP_SIGNALS
+from glide_finetune.stopping import STOP_SIGNALS, ctrl_c_calls
 
 MOST_FILES = 10_000  # open at a time; macOS allows few more
 
@@ -141,6 +141,31 @@ def to_send(tensor: torch.Tensor) -> torch.Tensor | _Copied:
         return tensor.share_memory_()
     except RuntimeError:
         return _Copied(tensor)
+
+
+def start_workers(loader: DataLoader) -> None:
+    """Start those of a loader that has nothing to give for now, which the caller sees to.
+
+    On Linux they are forks of this process: they keep whatever it holds then, so that what it
+    changes afterwards, as training does a model, is copied and takes memory twice.
+
+    Ctrl-C waits until they are up: it would be lost in the middle of a fork, and would kill a
+    worker that does not ignore it yet.
+
+    Raises:
+        OSError, ChildProcessError: as in `received_from`.
+    """
+    if not loader.num_workers:
+        return
+    # Asking settles the number for this thread. Else, when it first computes, it would take over
+    # the 1 of the thread in which torch pins memory.
+    torch.get_num_threads()
+    presses = []
+    with ctrl_c_calls(lambda *_: presses.append(1)):
+        for _ in received_from(loader):
+            raise AssertionError("there is something to give")
+    if presses:
+        signal.raise_signal(signal.SIGINT)
 
 
 _END = object()
