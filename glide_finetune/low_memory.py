@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from glide_finetune.seeds import derived_seed
+from glide_finetune.uncompiled import Uncompiled
 
 # Numbers that are moved together: what fits into a processor's cache, or keeps a card busy.
 CPU_CHUNK = 2**18
@@ -42,7 +43,7 @@ def round_stochastically_(values: Tensor, noise: Tensor) -> Tensor:
     return values
 
 
-class LowMemoryAdamW(torch.optim.Optimizer):
+class LowMemoryAdamW(Uncompiled):
     """AdamW with decoupled weight decay (Loshchilov and Hutter 2019) over bfloat16 parameters.
 
     A step computes in float32 and rounds weights and moments stochastically, with noise that

@@ -1,6 +1,7 @@
 """What moves the weights: AdamW, its learning rate and the length of its gradients; and what is
 frozen."""
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from glide_finetune.low_memory import LowMemoryAdamW
+from glide_finetune.uncompiled import Uncompiled
 
 
 def freeze(model: nn.Module, *, transformer: bool, diffusion: bool) -> None:
@@ -44,7 +46,7 @@ def make_optimizer(
     if trainable[0].dtype == torch.bfloat16:
         return LowMemoryAdamW(trainable, lr=learning_rate, weight_decay=weight_decay, seed=seed)
     kind = trainable[0].device.type
-    optimizer = _FusedAdamWOnCPU if kind == "cpu" else torch.optim.AdamW
+    optimizer = _FusedAdamWOnCPU if kind == "cpu" else _AdamW
     return optimizer(
         trainable,
         lr=learning_rate,
@@ -53,7 +55,14 @@ def make_optimizer(
     )
 
 
-class _FusedAdamWOnCPU(torch.optim.AdamW):
+class _AdamW(Uncompiled, torch.optim.AdamW):
+    """That of torch. What the decorators around its `step` do, but for an update that is to be
+    differentiated, is to switch gradients off."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class _FusedAdamWOnCPU(_AdamW):
     """AdamW whose kernel gets channels-last tensors in the order in which they lie in memory; else
     it copies every such gradient into another order, for nothing, in the time of half a step."""
 

@@ -237,11 +237,16 @@ def build_and_load(
     assert not lost, f"buffers that no weights file fills: {lost}"
     # copies, so that the model does not depend on the file the weights are mapped from
     loaded = {
-        name: torch.empty_like(tensor, device=device).copy_(weights[name])
+        name: _empty_like(tensor, device).copy_(weights[name])
         for name, tensor in model.state_dict().items()
     }
     model.load_state_dict(loaded, assign=True)
     return model
+
+
+def _empty_like(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """On the device. For a tensor on the meta device torch.empty_like imports torch's compiler."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
 
 def check_fit(model: nn.Module, weights: Mapping[str, Tensor], label: str) -> None:

@@ -124,6 +124,18 @@ class TestRun:
             "everything else is in whole/0000" in out
         )
 
+    def test_neither_a_new_run_nor_one_that_goes_on_imports_the_compiler(self, place):
+        new_run = [*SMALL_MODEL, "--data_dir", "data", "--checkpoints_dir", "quick"]
+        more = ["--resume_ckpt", "quick/0000"]
+        for argv in ([*new_run, "--max_steps", "1"], [*more, "--max_steps", "2"]):
+            program = [sys.executable, "-X", "importtime", ROOT / "train_glide.py"]
+            err = subprocess.run(
+                [*program, *argv], cwd=place, check=True, capture_output=True, text=True
+            ).stderr
+            imported = re.findall(r"^import time:.*\| +(\S+)$", err, flags=re.MULTILINE)
+            assert "glide_finetune.uncompiled" in imported
+            assert not {"torch._dynamo", "sympy"}.intersection(imported)
+
     def test_data_workers_do_not_hold_the_model(self, place, monkeypatch):
         load_model, workers = training_run.load_model, []
 
