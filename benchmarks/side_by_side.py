@@ -74,8 +74,8 @@ def _print_table(found: Mapping[str, Sequence[Measured]]) -> None:
         first = statistics.median(one.first for one in rounds)
         base_seconds, base_memory = base_seconds or seconds, base_memory or memory
         print(
-            f"| {name} | {seconds:.2f} | {base_seconds / seconds:.2f} | {memory:.1f} GB | "
-            f"{memory / base_memory:.0%} | {first:.1f} s |",
+            f"| {name} | {seconds:.2f} | {base_seconds / seconds:.2f} | {memory:.2f} GB | "
+            f"{memory / base_memory:.1%} | {first:.1f} s |",
             flush=True,
         )
 
