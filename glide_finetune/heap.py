@@ -7,29 +7,37 @@ size, until a neighbour is free as well, and a process takes up to twice as much
 alive in it.
 """
 
+import random
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 
 HEADER = 8  # bytes in front of each block
 UNIT = 16  # block sizes are multiples of it
 SPARE = 64 + 32  # of a free block for a tensor: the alignment, and the smallest block
 
-# Each second block at the end of the heap loses what is spare to small objects that stay. Found
-# by comparing with processes: small and full-size models, batches of 1 to 32, with and without
-# recomputed activations, in float32 and bf16.
-LOSES_SPARE_EVERY = 2
+# This share of the blocks at the end of the heap lose what is spare to small objects that stay.
+# Found by comparing with processes: small and full-size models of both kinds, batches of 1 to 32,
+# with and without recomputed activations, in float32 and bf16.
+LOSE_SPARE = 0.9
+HEAPS = 8  # which blocks do is chance, and makes a difference of several per cent
 
 
 class Heap:
     """Places for blocks: the smallest hole that is large enough, or else the end of the heap.
+
+    Args:
+        lose_spare: the share of the blocks at the end that lose what is spare.
+        seed: of the chance that chooses them.
 
     Attributes:
         end: bytes from the first block to the last.
         peak: the most that `end` has been.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lose_spare: float, seed: int = 0) -> None:
         self.end = self.peak = 0
-        self._fresh = 0  # blocks that found no hole
+        self._lose_spare = lose_spare
+        self._chance = random.Random(seed)
         self._sizes: dict[int, int] = {}  # of blocks in use, by where they start
         self._holes: list[tuple[int, int]] = []  # (size, start), sorted
         self._hole_starts: dict[int, int] = {}  # where each one ends
@@ -44,9 +52,8 @@ class Heap:
             self._remove_hole(start, start + hole)
             self._add_hole(start + block, start + hole)
         else:
-            self._fresh += 1
             start = self.end
-            self.end += block + SPARE * (self._fresh % LOSES_SPARE_EVERY == 0)
+            self.end += block + SPARE * (self._chance.random() < self._lose_spare)
             self.peak = max(self.peak, self.end)
         self._sizes[start] = block
         return start
@@ -75,3 +82,24 @@ class Heap:
     def _remove_hole(self, start: int, end: int) -> None:
         self._holes.pop(bisect_left(self._holes, (end - start, start)))
         del self._hole_starts[start], self._hole_ends[end]
+
+
+class Heaps:
+    """Heaps for the same tensors, as chance makes them."""
+
+    def __init__(self) -> None:
+        self._heaps = [Heap(LOSE_SPARE, seed) for seed in range(HEAPS)]
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that a heap takes, on average."""
+        return sum(heap.peak for heap in self._heaps) // HEAPS
+
+    def allocate(self, size: int) -> list[int]:
+        """Where a tensor of `size` bytes starts in each of them."""
+        return [heap.allocate(size) for heap in self._heaps]
+
+    def free(self, starts: Sequence[int]) -> None:
+        """Make holes of the tensor that starts there."""
+        for heap, start in zip(self._heaps, starts, strict=True):
+            heap.free(start)

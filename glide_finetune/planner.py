@@ -25,7 +25,7 @@ from glide_finetune.batch_losses import batch_losses
 from glide_finetune.config import TrainConfig
 from glide_finetune.ema import EMA
 from glide_finetune.fp16_util import Precision, keep_in_bf16
-from glide_finetune.heap import Heap
+from glide_finetune.heap import Heaps
 from glide_finetune.memory import (
     bytes_in_use,
     out_of_memory_explained,
@@ -85,13 +85,13 @@ class LiveMemory(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._alive: set[int] = set()
-        self._heap = Heap()
-        self._freed: list[int] = []  # places in the heap; garbage collection comes at any time
+        self._heaps = Heaps()
+        self._freed: list[list[int]] = []  # places there; garbage collection comes at any time
 
     @property
     def peak_with_holes(self) -> int:
-        """The most bytes of main memory that they have taken, with the holes between them."""
-        return self._heap.peak
+        """The most bytes of main memory that they take, with the holes between them."""
+        return self._heaps.peak
 
     def __torch_dispatch__(
         self, function: Callable, types: Sequence[type], args: tuple = (), kwargs: Any = None
@@ -104,16 +104,16 @@ class LiveMemory(TorchDispatchMode):
                 self._alive.add(key)
                 self.now += storage.nbytes()
                 while self._freed:
-                    self._heap.free(self._freed.pop())
-                place = self._heap.allocate(storage.nbytes())
-                weakref.finalize(storage, self._free, key, storage.nbytes(), place)
+                    self._heaps.free(self._freed.pop())
+                places = self._heaps.allocate(storage.nbytes())
+                weakref.finalize(storage, self._free, key, storage.nbytes(), places)
         self.peak = max(self.peak, self.now)
         return result
 
-    def _free(self, key: int, size: int, place: int) -> None:
+    def _free(self, key: int, size: int, places: list[int]) -> None:
         self._alive.remove(key)
         self.now -= size
-        self._freed.append(place)
+        self._freed.append(places)
 
 
 def _storages(value: Any) -> list[torch.UntypedStorage]:
